@@ -1,0 +1,122 @@
+"""What an attribution method is: where to take gradients and how to combine them, or a plain function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from torch import Tensor, nn
+
+Option = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch to be explained.
+
+    pixels (N, C, H, W) as the network takes them; targets (N,) int64, the explained classes; ids, one a
+    picture, naming its random streams; seed of those streams; occasion, what is being evaluated (order,
+    seed, stage), for the control that must draw anew each time.
+    """
+
+    pixels: Tensor
+    targets: Tensor
+    ids: tuple[str, ...]
+    seed: int = 0
+    occasion: str = ""
+
+    def __post_init__(self) -> None:
+        sizes = (len(self.pixels), len(self.targets), len(self.ids))
+        if len(set(sizes)) != 1:
+            raise ValueError(f"pixels, targets and ids differ in number: {sizes}")
+
+
+class Point(Protocol):
+    """A place to take the gradient at; equal points (hashable values) are evaluated once for all methods."""
+
+    def at(self, pixels: Tensor, image_id: str, seed: int) -> Tensor:
+        """One image (C, H, W) -> the point (C, H, W)."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """An entry of the registry.
+
+    name; source, the paper; deterministic: draws nothing at random; options: its numbers by name, to be
+    overridden with `with_options`; needs: what a network must contain to be explained so ("" | "rectifiers").
+    """
+
+    name: str
+    source: str
+    deterministic: bool = True
+    options: Mapping[str, Option] = field(default_factory=dict)
+    needs: str = ""
+
+    @property
+    def cost(self) -> int:
+        """Network evaluations, forward and backward, an image."""
+        raise TypeError(f"{type(self).__name__} must say what it costs")
+
+    def with_options(self, **changes: Option) -> Method:
+        """Return the same method with other numbers. Raises ValueError for an option it does not have."""
+        unknown = sorted(set(changes) - set(self.options))
+        if unknown:
+            raise ValueError(f"method {self.name!r} has no option {unknown[0]!r}; it has {sorted(self.options)}")
+        return replace(self, options={**self.options, **changes})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the backward pass is taken: a context in which the network is run forward and backward."""
+
+    name: str
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+PLAIN = Rule("plain")
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What came back from a method's points: (N, C, H, W) float64 mean and mean of squares."""
+
+    mean: Tensor
+    mean_square: Tensor
+
+
+@dataclass(frozen=True)
+class GradientMethod(Method):
+    """A method that combines gradients of the explained logit: points, a rule, a combination.
+
+    points(options) are evaluated under `rule`; each gradient is multiplied by `weigh(point, pixels, id,
+    seed)` where given; combine(inputs, moments) makes the attribution (N, C, H, W) of the results.
+    """
+
+    points: Callable[[Mapping[str, Option]], tuple[Point, ...]] = field(kw_only=True)
+    combine: Callable[[Inputs, Moments], Tensor] = field(kw_only=True)
+    weigh: Callable[[Point, Tensor, str, int], Tensor] | None = None
+    rule: Rule = PLAIN
+
+    @property
+    def cost(self) -> int:
+        """Network evaluations, forward and backward, an image."""
+        return len(self.points(self.options))
+
+
+@dataclass(frozen=True)
+class FunctionMethod(Method):
+    """A method that is not a combination of gradients: `call(network, inputs, **options) -> (N, C or 1, H, W)`."""
+
+    call: Callable[..., Tensor] = field(kw_only=True)
+    evaluations: Callable[[Mapping[str, Option]], int] = field(kw_only=True)
+
+    def __call__(self, network: nn.Module, inputs: Inputs) -> Tensor:
+        """Attributions of one batch, (N, C or 1, H, W)."""
+        return self.call(network, inputs, **self.options)
+
+    @property
+    def cost(self) -> int:
+        """Network evaluations, forward and backward, an image."""
+        return self.evaluations(self.options)

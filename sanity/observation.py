@@ -1,0 +1,135 @@
+"""What is seen of a batch at one stage: predictions, maps, and their likeness to the trained network's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sanity import maps, similarity
+from sanity.attributions import Inputs
+from sanity.engine import Engine, predict
+from sanity.images import Images
+from sanity.models import Classifier
+from sanity.plan import Plan
+from sanity.randomization import Visit
+from sanity.records import Array, Key, Prediction, Score, Step
+from sanity.similarity import Description
+
+CHUNK = 8
+"""Images explained together through all stages: memory does not grow with the number of images."""
+
+Descriptions = Mapping[tuple[str, str], Description]
+"""(method, similarity) -> what is kept of a batch's maps."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A batch at one visit: what was explained, the network's logits (N, classes), the maps by method."""
+
+    inputs: Inputs
+    logits: Tensor
+    maps: Mapping[str, Tensor]
+
+
+def dtype_of(plan: Plan) -> torch.dtype:
+    """Floating-point type of a plan's precision."""
+    return {"float32": torch.float32, "float64": torch.float64}[plan.precision]
+
+
+def load(classifier: Classifier, chunk: Images, plan: Plan, device: str) -> Tensor:
+    """Pictures as the network takes them: (N, C, H, W), channels-last, which convolutions run faster on."""
+    pixels = chunk.load(classifier.preprocess)
+    return pixels.to(device, dtype_of(plan), memory_format=torch.channels_last)
+
+
+def first_look(engine: Engine, plan: Plan, classifier: Classifier, chunk: Images, device: str) -> Seen:
+    """Predict and explain with the trained network."""
+    pixels = load(classifier, chunk, plan, device)
+    logits = predict(classifier.network, pixels, engine.batch_size)
+    inputs = Inputs(pixels, explained(plan.target, logits, chunk), chunk.ids, plan.seeds[0], "trained")
+    return Seen(inputs, logits, engine.explain(classifier.network, inputs))
+
+
+def look_again(engine: Engine, plan: Plan, network: nn.Module, trained: Seen, key: Key) -> Seen:
+    """Predict and explain the same batch with the network as it is now."""
+    logits = predict(network, trained.inputs.pixels, engine.batch_size)
+    targets = logits.argmax(1) if plan.target == "repredicted" else trained.inputs.targets
+    occasion = f"{key.order}/{key.seed}/{key.stage_index}"
+    inputs = replace(trained.inputs, targets=targets, occasion=occasion)
+    return Seen(inputs, logits, engine.explain(network, inputs))
+
+
+def explained(target: str, logits: Tensor, chunk: Images) -> Tensor:
+    """Classes to be explained, (N,) int64. Raises ValueError for a label that is missing or out of range."""
+    if target in ("predicted", "repredicted"):
+        return logits.argmax(1)
+    labels = chunk.labels if target == "label" else [int(target)] * len(chunk)
+    for image, label in zip(chunk.ids, labels, strict=True):
+        if label is None:
+            raise ValueError(f"--target label: image {image!r} has no label")
+        if not 0 <= label < logits.shape[1]:
+            raise ValueError(f"class {label} of image {image!r}: the network has {logits.shape[1]} classes")
+    return torch.tensor(labels, device=logits.device)
+
+
+def describe(plan: Plan, attributions: Mapping[str, Tensor]) -> Descriptions:
+    """Describe every method's maps for every similarity of the plan."""
+    return {
+        (method, name): similarity.get(name).describe(found)
+        for method, found in attributions.items()
+        for name in plan.similarities
+    }
+
+
+def compare(plan: Plan, classifier: Classifier, key: Key, visit: Visit, originals: Descriptions, seen: Seen) -> Step:
+    """Score a visit's maps against the trained network's, and note what the network says now."""
+    described = describe(plan, seen.maps) if visit.index else originals
+    place = (classifier.name, key.order, key.seed, key.stage_index, visit.stage.name)
+    targets = seen.inputs.targets.tolist()
+    scores = []
+    for (method, name), description in described.items():
+        values, status = similarity.compare(similarity.get(name), originals[method, name], description)
+        for image, target, value, why in zip(seen.inputs.ids, targets, values.tolist(), status, strict=True):
+            scores.append(Score(*place, method, name, image, target, value, why))
+    panels = panels_of(seen, plan.strips - key.chunk * CHUNK) if key.seed == plan.seeds[0] else {}
+    raw = {
+        f"{key.order}/{key.seed}/{key.stage_index:02d} {visit.stage.name}/{m}": _array(a)
+        for m, a in seen.maps.items()
+        if plan.save_maps
+    }
+    said = list(predictions(classifier, place, seen))
+    return Step(key, visit.stage.name, scores, said, panels, raw, visit.unchanged)
+
+
+def predictions(classifier: Classifier, place: tuple[str, str, int, int, str], seen: Seen) -> Iterator[Prediction]:
+    """One row an image: top-1 class and probability, the explained class's probability."""
+    probabilities = seen.logits.double().softmax(1)
+    for n, image in enumerate(seen.inputs.ids):
+        finite = bool(seen.logits[n].isfinite().all())
+        top1, target = int(seen.logits[n].argmax()), int(seen.inputs.targets[n])
+        sure, said = (float(probabilities[n, k]) if finite else math.nan for k in (top1, target))
+        yield Prediction(*place, image, top1, classifier.class_name(top1), sure, target, said, finite)
+
+
+def panels_of(seen: Seen, count: int) -> dict[tuple[str, str], Array]:
+    """Maps of the first `count` images as strips show them: int8 (H, W), by (image, method).
+
+    127 is the 99th percentile of the map's absolute value; a map that cannot be scaled is -128 all over.
+    """
+    panels = {}
+    for method, found in seen.maps.items():
+        scaled = _array(maps.clip_signed(maps.signed(found[: max(count, 0)])) * 127)
+        for image, panel in zip(seen.inputs.ids, scaled, strict=False):
+            known = np.isfinite(panel).all()
+            panels[image, method] = (panel.round() if known else np.full_like(panel, -128)).astype(np.int8)
+    return panels
+
+
+def _array(x: Tensor) -> Array:
+    return x.detach().float().cpu().numpy()

@@ -1,0 +1,259 @@
+"""Replace trained parameters by random ones, stage by stage, in place, and put them back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sanity.registry import suggest
+from sanity.stages import NORMS, Stage
+from sanity.streams import stream
+
+ORDERS = {
+    "cascading": "from the logits down, every stage reached stays random",
+    "independent": "each stage alone, all others trained",
+    "bottom_up": "from the input up, every stage reached stays random [Binder et al. 2023]",
+}
+
+Draw = Callable[[nn.Module, str, Tensor, torch.Generator], Tensor]
+"""(owning module, parameter's own name, trained value on the CPU, generator) -> new value, same shape."""
+
+
+@dataclass(frozen=True)
+class Visit:
+    """The network as it stands now: index, the stage just reached, every stage that is random.
+
+    Index 0 is the trained network, the control, its stage named "trained". unchanged names the parameters
+    of random stages whose new values equal the trained ones bit for bit (a bias that was already 0): what
+    was not really randomized is counted.
+    """
+
+    index: int
+    stage: Stage
+    random: tuple[Stage, ...]
+    unchanged: tuple[str, ...]
+
+
+TRAINED = Stage("trained", ())
+
+
+def steps(stages: Sequence[Stage], order: str) -> list[tuple[Stage, tuple[Stage, ...]]]:
+    """For each step of an order: the stage reached and all the stages that are random then; first, none."""
+    if order not in ORDERS:
+        raise ValueError(suggest("order", order, ORDERS))
+    way = list(reversed(stages)) if order == "bottom_up" else list(stages)
+    alone = order == "independent"
+    return [
+        (TRAINED, ()),
+        *((stage, (stage,) if alone else tuple(way[: i + 1])) for i, stage in enumerate(way)),
+    ]
+
+
+# --- where new values come from
+
+
+def _fan_in(owner: nn.Module, value: Tensor) -> int:
+    """Elements of a weight that one output sums over."""
+    if isinstance(owner, nn.modules.conv._ConvTransposeNd):
+        return value.numel() // (value.shape[1] * owner.groups)
+    return max(1, value.numel() // value.shape[0])
+
+
+def _variance_scaling(owner: nn.Module, name: str, value: Tensor, generator: torch.Generator) -> Tensor:
+    if value.ndim < 2:
+        return torch.full_like(value, float(name == "weight" and isinstance(owner, NORMS)))
+    s = (2.6 / _fan_in(owner, value)) ** 0.5
+    return nn.init.trunc_normal_(torch.empty_like(value), 0.0, s, -2 * s, 2 * s, generator=generator)
+
+
+def _permute(owner: nn.Module, name: str, value: Tensor, generator: torch.Generator) -> Tensor:
+    return value.flatten()[torch.randperm(value.numel(), generator=generator)].view_as(value)
+
+
+def _module(owner: nn.Module, name: str, value: Tensor, generator: torch.Generator) -> Tensor:
+    reset = getattr(owner, "reset_parameters", None) or getattr(owner, "_reset_parameters", None)
+    if reset is None:
+        raise ValueError(f"{type(owner).__name__} has no reset_parameters; use another re-initialiser")
+    with _Swap(owner) as swap, torch.random.fork_rng(devices=[]), torch.no_grad():
+        for own, tensor in swap.trained.items():
+            swap.put(own, tensor.cpu().clone())
+        torch.manual_seed(generator.initial_seed())
+        reset()
+        return owner.get_parameter(name).data
+
+
+def _normal(sigma: float) -> Draw:
+    return lambda owner, name, value, g: torch.empty_like(value).normal_(0.0, sigma, generator=g)
+
+
+def _uniform(low: float, high: float) -> Draw:
+    return lambda owner, name, value, g: torch.empty_like(value).uniform_(low, high, generator=g)
+
+
+REINITIALISERS = {
+    "variance_scaling": "truncated normal, s = sqrt(2.6 / fan_in) cut at 2 s; norm scales 1, biases 0 "
+    "[code released with Adebayo et al. 2018]",
+    "normal:SIGMA": "N(0, SIGMA^2) for every parameter [normal:0.01 in Adebayo et al. 2018]",
+    "uniform:A:B": "U[A, B] for every parameter",
+    "permute": "each tensor's own values, shuffled",
+    "module": "each module's own reset_parameters",
+}
+
+
+def reinitialiser(text: str) -> Draw:
+    """Parse an entry of REINITIALISERS, such as `normal:0.01`. Raises ValueError in one line."""
+    kind, *words = text.split(":")
+    spec = next((key for key in REINITIALISERS if key.split(":")[0] == kind), None)
+    if spec is None:
+        raise ValueError(suggest("re-initialiser", text, REINITIALISERS))
+    try:
+        numbers = [float(word) for word in words]
+    except ValueError:
+        numbers = []
+    finite = all(abs(number) < float("inf") for number in numbers)
+    if len(numbers) != spec.count(":") or not finite:
+        raise ValueError(f"re-initialiser {text!r} must read {spec}, with finite numbers")
+    if (kind == "normal" and numbers[0] <= 0) or (kind == "uniform" and numbers[0] >= numbers[1]):
+        raise ValueError(f"re-initialiser {text!r}: needs SIGMA > 0 and A < B")
+    if kind == "normal":
+        return _normal(*numbers)
+    if kind == "uniform":
+        return _uniform(*numbers)
+    return {"variance_scaling": _variance_scaling, "permute": _permute, "module": _module}[kind]
+
+
+class Draws:
+    """Random values of parameters, kept for the current seed so that orders and image chunks share them.
+
+    Nested (default): a parameter has one random value a seed, in every stage and order. With redraw, each
+    step of a cascade draws all of its parameters anew, as the code released with Adebayo et al. 2018 does.
+    """
+
+    def __init__(self, draw: Draw, redraw: bool = False) -> None:
+        self.draw, self.redraw = draw, redraw
+        self._seed: int | None = None
+        self._kept: dict[str, Tensor] = {}
+
+    def of(self, network: nn.Module, name: str, trained: Tensor, seed: int, step: str) -> Tensor:
+        """Return the new value of one parameter, on its device and of its dtype."""
+        if self.redraw:
+            return self._drawn(network, name, trained, seed, step)
+        if seed != self._seed:
+            self._seed, self._kept = seed, {}
+        if name not in self._kept:
+            self._kept[name] = self._drawn(network, name, trained, seed)
+        return self._kept[name]
+
+    def _drawn(self, network: nn.Module, name: str, trained: Tensor, *key: object) -> Tensor:
+        path, _, own = name.rpartition(".")
+        try:
+            drawn = self.draw(network.get_submodule(path), own, trained.cpu(), stream(*key, name))
+        except ValueError as error:
+            raise ValueError(f"cannot re-initialise {name}: {error}") from None
+        return torch.empty_like(trained).copy_(drawn)
+
+
+# --- the network, changed in place
+
+
+class _Swap:
+    """Points a network's tensors at other storage; on exit every tensor has its own storage again.
+
+    Trained storage is never written, so the network is restored bit for bit whatever happened inside.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.trained = {name: p.data for name, p in network.named_parameters()}
+        self.trained |= dict(network.named_buffers())
+
+    def __enter__(self) -> _Swap:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for name in self.trained:
+            self.put(name, self.trained[name])
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Let one parameter or buffer have this tensor as its data."""
+        path, _, own = name.rpartition(".")
+        owner = self.network.get_submodule(path)
+        parameter = owner._parameters.get(own)
+        if parameter is None:
+            owner._buffers[own] = tensor
+        else:
+            parameter.data = tensor
+
+
+def _reset_statistics(swap: _Swap, norms: Sequence[str]) -> None:
+    fresh = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
+    for norm in norms:
+        for own, value in fresh.items():
+            name = f"{norm}.{own}" if norm else own
+            if name in swap.trained:
+                swap.put(name, torch.full_like(swap.trained[name], value))
+
+
+@contextmanager
+def guarded(
+    network: nn.Module, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Iterator[None]:
+    """Evaluation mode, no parameter gradients, on `device` in `dtype`; outside everything is as it was.
+
+    Buffers are worked on as copies, so an explainer that runs BatchNorm in training mode leaves no trace.
+    """
+    training = {module: module.training for module in network.modules()}
+    wanted = {parameter: (parameter.requires_grad, parameter.grad) for parameter in network.parameters()}
+    with _Swap(network) as swap:
+        try:
+            network.eval()
+            for parameter in wanted:
+                parameter.requires_grad_(False)
+            buffers = dict(network.named_buffers())
+            for name, tensor in swap.trained.items():
+                kind = dtype if tensor.is_floating_point() else None
+                swap.put(name, tensor.to(device=device, dtype=kind, copy=name in buffers))
+            yield
+        finally:
+            for module, flag in training.items():
+                module.training = flag
+            for parameter, (required, gradient) in wanted.items():
+                parameter.requires_grad_(required)
+                parameter.grad = gradient
+
+
+@contextmanager
+def randomized(
+    network: nn.Module,
+    stages: Sequence[Stage],
+    order: str,
+    seed: int,
+    draws: Draws,
+    reset_statistics: bool = False,
+) -> Iterator[Iterator[Visit]]:
+    """Take a network through an order: `with randomized(...) as visits: for visit in visits: ...`.
+
+    During each visit the network itself holds the random values of `visit.random` and the trained values
+    everywhere else; BatchNorm's running statistics stay trained unless reset_statistics. On leaving, by
+    whatever way, parameters and buffers have their own storage back; no trained value is ever written to.
+    """
+    with _Swap(network) as swap:
+
+        def walk() -> Iterator[Visit]:
+            for index, (stage, random) in enumerate(steps(stages, order)):
+                swap.__exit__()
+                unchanged = []
+                for name in (name for one in random for name in one.parameters):
+                    value = draws.of(network, name, swap.trained[name], seed, stage.name)
+                    swap.put(name, value)
+                    if torch.equal(value, swap.trained[name]):
+                        unchanged.append(name)
+                if reset_statistics:
+                    _reset_statistics(swap, [norm for one in random for norm in one.norms])
+                yield Visit(index, stage, random, tuple(unchanged))
+
+        yield walk()

@@ -1,0 +1,155 @@
+"""The test itself: randomize, explain again, compare; from Python and as `python -m sanity.run`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from sanity import images as image_sets
+from sanity import models
+from sanity.attributions import Explainer, Method
+from sanity.attributions.rectifiers import count_rectifiers
+from sanity.engine import Engine, predict
+from sanity.images import Images
+from sanity.models import Classifier
+from sanity.observation import CHUNK, compare, describe, dtype_of, first_look, load, look_again
+from sanity.plan import DEFAULT_METHODS, Members, Plan, read_yaml
+from sanity.randomization import Draws, guarded, randomized, reinitialiser
+from sanity.records import Key, Score, Step, to_table
+from sanity.stages import Stage, derived, grouped, select, written_out
+
+
+def run(
+    plan: Plan,
+    classifier: Classifier,
+    images: Images,
+    stages: Sequence[Stage],
+    *,
+    batch_size: int = 8,
+    device: str = "cpu",
+    done: frozenset[Key] = frozenset(),
+    on_progress: Callable[[int], object] = lambda evaluations: None,
+) -> Iterator[Step]:
+    """Run a plan: for every chunk of images, seed, order and stage, how alike the maps still are.
+
+    Steps in `done` are not taken again. The network is changed in place and left as it came.
+    """
+    network = classifier.network
+    engine = Engine(plan.explainers(), batch_size, on_progress)
+    draws = Draws(reinitialiser(plan.reinit), plan.redraw)
+    with guarded(network, device, dtype_of(plan)):
+        for number, chunk in enumerate(images.chunks(CHUNK)):
+            if done.issuperset(keys(plan, stages, number)):
+                continue
+            trained = first_look(engine, plan, classifier, chunk, device)
+            originals = describe(plan, trained.maps)
+            for seed, order in product(plan.seeds, plan.orders):
+                with randomized(network, stages, order, seed, draws, plan.batchnorm == "reset") as visits:
+                    for visit in visits:
+                        key = Key(number, seed, order, visit.index)
+                        if key not in done:
+                            seen = look_again(engine, plan, network, trained, key) if visit.index else trained
+                            yield compare(plan, classifier, key, visit, originals, seen)
+
+
+def keys(plan: Plan, stages: Sequence[Stage], chunk: int) -> list[Key]:
+    """Steps of one chunk of images, the trained network's (index 0) included."""
+    indices = range(len(stages) + 1)
+    return [Key(chunk, seed, order, i) for seed, order in product(plan.seeds, plan.orders) for i in indices]
+
+
+def resolve_stages(plan: Plan, classifier: Classifier, example: Tensor) -> tuple[Stage, ...]:
+    """The plan's choice of stages for a network; example (1, C, H, W) is run where they must be derived."""
+    choice = plan.stages
+    if isinstance(choice, str) and choice.endswith((".yaml", ".yml")):
+        choice = read_yaml(Path(choice))
+    if isinstance(choice, Mapping):
+        return written_out(classifier.network, choice)
+    if classifier.stages and plan.granularity == "block":
+        stages = written_out(classifier.network, classifier.stages)
+    else:
+        stages = derived(classifier.network, example, plan.granularity)
+    if not stages:
+        raise ValueError(f"{classifier.name} has no parameters to randomize")
+    if isinstance(choice, int):
+        return grouped(stages, choice)
+    names = (choice,) if isinstance(choice, str) else choice
+    return stages if names == ("all",) else select(stages, names)
+
+
+def refuse_unsuited(methods: Sequence[Method], network: nn.Module, example: Tensor) -> None:
+    """Raise ValueError for a method that would not be itself on this network."""
+    if any(method.needs == "rectifiers" for method in methods) and not count_rectifiers(network, example):
+        name = next(method.name for method in methods if method.needs == "rectifiers")
+        raise ValueError(
+            f"method {name!r} does not suit this network: it runs no rectifier (ReLU, ReLU6, hardtanh, clamp), "
+            "so it would be the plain gradient"
+        )
+
+
+def prepare(plan: Plan, classifier: Classifier, images: Images, device: str = "cpu") -> tuple[Stage, ...]:
+    """Check a plan against its network and pictures before anything is written; returns the stages."""
+    network = classifier.network
+    with guarded(network, device, dtype_of(plan)):
+        example = load(classifier, images.limit(1), plan, device)
+        predict(network, example, 1)
+        refuse_unsuited(plan.explainers(), network, example)
+        return resolve_stages(plan, classifier, example)
+
+
+def check(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    methods: Sequence[str | Method | Explainer] = DEFAULT_METHODS,
+    stages: str | int | Sequence[str] | Members = "all",
+    labels: Sequence[int] | Tensor | None = None,
+    batch_size: int = 8,
+    **choices: Any,
+) -> pd.DataFrame:
+    """Test explainers on a network of one's own: one row an image, stage, method and similarity.
+
+    images (N, C, H, W), as the network takes them; labels (N,), explained instead of the predictions;
+    methods: names, `Method`s or callables `(model, images, targets) -> (N, C or 1, H, W)`; stages: "all"
+    (derived from the order of execution), a number, names, or name -> modules or parameters; choices:
+    any other field of `Plan`, such as orders, similarities, seeds, samples, reinit. The model is used on
+    its own device and left exactly as it was. Raises ValueError for anything that makes no sense.
+
+    The columns are those of `scores.parquet`; `sanity.summarize` and `sanity.verdicts` take the frame.
+    """
+    fixed = {"target": "label"} if labels is not None else {}
+    listed = stages if isinstance(stages, str | int | Mapping) else tuple(stages)
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in {**fixed, **choices}.items()}
+    chosen: dict[str, Any] = {"methods": tuple(methods), "stages": listed, "images": "tensors", **values}
+    plan = Plan(**chosen)
+    parameter = next(model.parameters(), torch.empty(0))
+    device = str(parameter.device)
+    classifier, pictures = models.of_network(model), image_sets.tensors(images.cpu(), labels=labels)
+    found = prepare(plan, classifier, pictures, device)
+    walk = run(plan, classifier, pictures, found, batch_size=batch_size, device=device)
+    rows = [score for step in walk for score in step.scores]
+    frame: pd.DataFrame = to_table(rows, Score).to_pandas()
+    return frame
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m sanity.run`: exit code 0, 2 for what the user must mend, 130 after Ctrl-C."""
+    from sanity.cli import guarded_main
+
+    def go() -> int:
+        from sanity.session import command
+
+        return command(sys.argv[1:] if arguments is None else arguments)
+
+    return guarded_main("sanity run", go)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""A run from flags to files: what `python -m sanity.run` does around the loop."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from tqdm import tqdm
+
+from sanity import attributions, images, models, report, similarity, stages, summary
+from sanity.cli import Clock, add_fields, environment, parse, plan_of, with_preset
+from sanity.engine import Engine
+from sanity.images import Images
+from sanity.models import MODELS, Classifier
+from sanity.observation import CHUNK
+from sanity.plan import Plan, presets
+from sanity.randomization import ORDERS, REINITIALISERS, steps
+from sanity.records import PROTOCOL_VERSION, Array, Key, RunFolder, Step, read_rows
+from sanity.run import keys, prepare, run
+from sanity.stages import Stage
+
+DEFAULT_OUTPUT = "sanity_run"
+INTRODUCTION = """Does an explanation depend on the network? Replace the network's weights by random ones, stage by stage,
+explain the same pictures again, and measure how alike the maps stay (Adebayo et al. 2018).
+
+  python -m sanity.run                              bundled network and photographs, about a minute
+  python -m sanity.run --model resnet50 --images photos/ --preset paper
+  python -m sanity.run --model inception_v3 --weights FILE.pth --images photos/ --orders cascading independent
+  python -m sanity.run --methods gradient,my_package.mine:explain --config plan.yaml --output results/mine
+
+Writes OUTPUT/scores.parquet (one row an image), predictions.parquet, summary.csv and .md, verdicts.csv, run.json
+and figures/. Flags win over --config, and --config over --preset."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How and where a plan is run: nothing here changes a number beyond rounding."""
+
+    device: str
+    batch_size: int
+    output: Path
+    resume: bool
+    verbose: bool
+
+
+def parser() -> ArgumentParser:
+    """Flags of `python -m sanity.run`, one for each field of a plan and for each of a setting."""
+    made = ArgumentParser(prog="sanity run", description=INTRODUCTION, exit_on_error=False)
+    made.add_argument("--list", action="store_true", help="list models, methods, orders, similarities, presets")
+    made.add_argument("--preset", metavar="X", help=f"start from a plan file of the package: {', '.join(presets())}")
+    made.add_argument("--config", action="config", help="YAML plan file; its keys are the flags' names")
+    add_fields(made, Plan)
+    made.add_argument("--device", default="auto", metavar="X", help="auto, cpu, cuda or cuda:N")
+    made.add_argument(
+        "--batch_size", "--batch-size", default="auto", metavar="X", help="evaluations at a time, or auto"
+    )
+    made.add_argument("--output", type=str | None, metavar="DIR", help=f"results' folder (default: {DEFAULT_OUTPUT})")
+    made.add_argument("--resume", action="store_true", help="go on with an interrupted run in OUTPUT")
+    made.add_argument(
+        "--verbose", action="store_true", help="print each picture's class and probability at every stage"
+    )
+    return made
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Parse, check, run, write; everything that can be refused is refused before the folder is touched."""
+    values = parse(parser(), with_preset(arguments, "quick"))
+    if values.list:
+        print(listing())
+        return 0
+    plan, setting = plan_of(values), setting_of(values)
+    clock = Clock()
+    pictures = images.find(plan.images, skip_bad=plan.skip_bad_images, limit=plan.limit)
+    classifier = models.load(plan.model, plan.weights)
+    found = prepare(plan, classifier, pictures, setting.device)
+    header = manifest(plan, setting, classifier, pictures, found)
+    folder = RunFolder(setting.output)
+    header = folder.open(header, setting.resume)
+    if header["status"] != "complete":
+        walk(plan, setting, classifier, pictures, found, folder, header["batch_size"])
+        header = folder.finish({**header, **clock.stamp()}, ranks(plan, pictures))
+    publish(folder, header)
+    return 0
+
+
+def setting_of(values: Namespace) -> Setting:
+    """Check device, batch size and output. Raises ValueError in one line."""
+    device = values.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    usable = ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if device not in usable or (device != "cpu" and not torch.cuda.is_available()):
+        seen = torch.cuda.device_count() if torch.cuda.is_available() else "no"
+        raise ValueError(f"--device {device}: torch {torch.__version__} sees {seen} GPU here; use --device cpu")
+    size = values.batch_size
+    if size == "auto":
+        size = 8 if device == "cpu" else 64
+    if not str(size).isdecimal() or not 1 <= int(size) <= 10**6:
+        raise ValueError(f"--batch-size must be auto or a whole number from 1, not {size!r}")
+    return Setting(device, int(size), _output(values.output, values.resume), values.resume, values.verbose)
+
+
+def _output(given: str | None, resume: bool) -> Path:
+    """The given folder; else the first free of sanity_run, sanity_run-2, ..., or the last taken to resume."""
+    if given is not None:
+        return Path(given)
+    names = [Path(DEFAULT_OUTPUT), *(Path(f"{DEFAULT_OUTPUT}-{i}") for i in range(2, 10_000))]
+    free = next(i for i, path in enumerate(names) if not path.exists())
+    return names[max(free - 1, 0)] if resume else names[free]
+
+
+def manifest(
+    plan: Plan, setting: Setting, classifier: Classifier, pictures: Images, found: Sequence[Stage]
+) -> dict[str, Any]:
+    """What `run.json` says of a run before it starts."""
+    return {
+        "status": "running",
+        "protocol_version": PROTOCOL_VERSION,
+        "plan": plan.as_dict(),
+        "model": classifier.name,
+        "trained": classifier.trained,
+        "weights": classifier.weights,
+        "weights_sha256": classifier.weights_sha256,
+        "stages": {stage.name: list(stage.parameters) for stage in found},
+        "untouched_parameters": list(stages.untouched(classifier.network, found)),
+        "images": {picture.id: picture.sha256 for picture in pictures.pictures},
+        "images_sha256": pictures.digest,
+        "skipped_images": dict(pictures.skipped),
+        "device": setting.device if setting.device == "cpu" else torch.cuda.get_device_name(setting.device),
+        "threads": torch.get_num_threads(),
+        "batch_size": setting.batch_size,
+        **environment(),
+    }
+
+
+def walk(
+    plan: Plan,
+    setting: Setting,
+    classifier: Classifier,
+    pictures: Images,
+    found: Sequence[Stage],
+    folder: RunFolder,
+    batch_size: int,
+) -> None:
+    """Take the steps that are not done yet, each written before the next; a bar shows evaluations and ETA."""
+    folder.keep_pictures(illustrations(plan, classifier, pictures, found))
+    done = folder.done()
+    with tqdm(
+        total=work(plan, pictures, found, done),
+        unit=" gradients",
+        unit_scale=True,
+        smoothing=0.05,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+        desc=f"{classifier.name}{'' if classifier.trained else ' (untrained)'}",
+    ) as bar:
+        for step in run(
+            plan,
+            classifier,
+            pictures,
+            found,
+            batch_size=batch_size,
+            device=setting.device,
+            done=done,
+            on_progress=bar.update,
+        ):
+            folder.flush(step)
+            bar.set_postfix_str(f"{step.key.order} {step.stage}")
+            if setting.verbose:
+                for line in told(step):
+                    tqdm.write(line)
+
+
+def work(plan: Plan, pictures: Images, found: Sequence[Stage], done: frozenset[Key]) -> int:
+    """Network evaluations still to be made."""
+    cost, total = Engine(plan.explainers(), 1).cost, 0
+    for number, start in enumerate(range(0, len(pictures), CHUNK)):
+        size = min(CHUNK, len(pictures) - start)
+        pending = [key for key in keys(plan, found, number) if key not in done]
+        total += cost * size * (bool(pending) + sum(key.stage_index > 0 for key in pending))
+    return total
+
+
+def illustrations(plan: Plan, classifier: Classifier, pictures: Images, found: Sequence[Stage]) -> dict[str, Array]:
+    """What strips show beside the maps: stage names of each order, and the pictures as the network sees them."""
+    shown: dict[str, Array] = {}
+    for order in plan.orders:
+        shown[f"stages/{order}"] = np.array([stage.name for stage, _ in steps(found, order)])
+    for picture in () if plan.hide_pictures else pictures.pictures[: plan.strips]:
+        pixels = picture.load(classifier.preprocess)
+        low, high = pixels.amin(), pixels.amax()
+        grey = ((pixels - low) / (high - low).clamp(min=1e-12) * 255).round().byte()
+        shown[f"pictures/{picture.id}"] = grey.expand(3, -1, -1).permute(1, 2, 0).numpy()
+    return shown
+
+
+def told(step: Step) -> list[str]:
+    """One line a picture: what the network says at this stage."""
+    return [
+        f"{p.order} {p.stage_index:>2} {p.stage:<16} {p.image}: {p.top1_name} {p.top1_probability:.4f}"
+        f" (explained class {p.target}: {p.target_probability:.4f})" + ("" if p.finite else "  logits not finite")
+        for p in step.predictions
+    ]
+
+
+def ranks(plan: Plan, pictures: Images) -> dict[str, Sequence[object]]:
+    """Order of the rows of a finished run: the plan's own."""
+    return {
+        "seed": plan.seeds,
+        "order": plan.orders,
+        "method": [method.name for method in plan.explainers()],
+        "similarity": plan.similarities,
+        "image": pictures.ids,
+    }
+
+
+def publish(folder: RunFolder, header: Mapping[str, Any]) -> None:
+    """Summary, verdicts and figures of a finished run, and the paths of all that was written."""
+    scores = read_rows(folder.path / "scores.parquet")
+    table, judged = summary.summarize(scores), summary.verdicts(scores)
+    (folder.path / "summary.csv").write_text(summary.to_csv(table))
+    (folder.path / "summary.md").write_text(summary.to_markdown(table))
+    judged.to_csv(folder.path / "verdicts.csv", index=False, float_format="%.6f")
+    with tqdm(desc="figures", unit=" figures", leave=False, mininterval=1) as bar:
+        drawn = report.draw(folder.path, lambda done, total: _show(bar, done, total))
+    folder.tidy()
+    print(summary.terminal_table(table))
+    for warning in warnings(header):
+        print(f"note: {warning}")
+    names = ("scores.parquet", "predictions.parquet", "summary.csv", "summary.md", "verdicts.csv", "run.json")
+    print(f"\nwritten to {folder.path}/: {', '.join(names)}, figures/ ({len(drawn)} pictures)")
+
+
+def _show(bar: Any, done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done - bar.n)
+
+
+def warnings(header: Mapping[str, Any]) -> list[str]:
+    """What a reader of the numbers must know."""
+    found = []
+    if not header["trained"]:
+        found.append(f"{header['model']} is untrained: these numbers say nothing of a trained network")
+    untouched = header["untouched_parameters"]
+    if untouched:
+        found.append(f"{len(untouched)} parameters are in no stage and stay trained, such as {untouched[0]}")
+    bad = {status: n for status, n in header["counts"].items() if status != "ok"}
+    if bad:
+        found.append("scores that are NaN: " + ", ".join(f"{n} for a {status}" for status, n in bad.items()))
+    if header["skipped_images"]:
+        found.append(f"{len(header['skipped_images'])} pictures could not be read and were skipped")
+    return found
+
+
+def listing() -> str:
+    """Everything that can be named on the command line."""
+    blocks = [
+        (
+            "models",
+            [(m.name, m.source) for m in MODELS] + [("...", "any torchvision classifier, package.module:factory")],
+        ),
+        ("methods", [(m.name, _about(m)) for m in attributions.registered().values()]),
+        ("orders", list(ORDERS.items())),
+        ("re-initialisers", list(REINITIALISERS.items())),
+        ("similarities", [(s.name, s.source) for s in similarity.SIMILARITIES]),
+        ("presets", [(name, _first_comment(path)) for name, path in presets().items()]),
+    ]
+    lines = []
+    for title, entries in blocks:
+        lines += [title, *(f"  {name:<26} {words}" for name, words in entries), ""]
+    return "\n".join(lines)
+
+
+def _about(method: attributions.Method) -> str:
+    options = ", ".join(f"{key}={value}" for key, value in method.options.items())
+    random = "deterministic" if method.deterministic else "random, seeded"
+    return f"{random}; {method.cost} evaluations; {method.source}" + (f" [{options}]" if options else "")
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text().splitlines()[0].lstrip("# ")
