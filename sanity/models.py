@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -14,21 +15,24 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sanity.registry import load_object, suggest
-
-try:
-    import torchvision
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as transforms
-except (RuntimeError, ImportError) as error:  # the compiled operators do not fit this torch
-    raise ImportError(
-        f"torchvision does not fit torch {torch.__version__} ({str(error).splitlines()[0]}): they must be one "
-        "build; run `pip install --force-reinstall torch torchvision`, both from the same index"
-    ) from error
+from sanity.registry import first_line, load_object, suggest
 
 StateDict = Mapping[str, Tensor]
 Members = Mapping[str, Sequence[str]]
 """Stage name -> the modules or parameters it randomizes, logits first."""
+
+
+@cache
+def vision() -> Any:
+    """Import torchvision, whose compiled operators must fit torch; ImportError says what to install if not."""
+    try:
+        import torchvision.transforms.functional
+    except (RuntimeError, ImportError) as error:
+        raise ImportError(
+            f"torchvision does not fit torch {torch.__version__} ({first_line(error)}): they must be one build; run "
+            "`pip install --force-reinstall torch torchvision`, both from the same index"
+        ) from None
+    return torchvision
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Preprocessing:
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """Resize, crop, scale. Any size of picture, 1x1 included."""
-        mode = InterpolationMode(self.interpolation)
+        transforms = vision().transforms.functional
+        mode = transforms.InterpolationMode(self.interpolation)
         scaled = transforms.resize(picture.convert("RGB"), [self.resize], interpolation=mode)
         cut = transforms.center_crop(scaled, [self.crop, self.crop])
         pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1).float() / 255
@@ -91,14 +96,14 @@ class Classifier:
 
 def _torchvision(name: str, **options: Any) -> Callable[[int], nn.Module]:
     def build(classes: int) -> nn.Module:
-        network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
+        network: nn.Module = vision().models.get_model(name, weights=None, num_classes=classes, **options)
         return network
 
     return build
 
 
 def _enum(name: str) -> Any:
-    found = torchvision.models.get_model_weights(name)
+    found = vision().models.get_model_weights(name)
     return getattr(found, "IMAGENET1K_V1", None) or found.DEFAULT
 
 
@@ -212,13 +217,13 @@ MODELS: tuple[Architecture, ...] = (
 
 def _other(name: str) -> Architecture:
     """Any other classifier of torchvision by name; its stages are derived from execution."""
-    known = torchvision.models.list_models(module=torchvision.models)
+    known = vision().models.list_models(module=vision().models)
     if name not in known:
         raise ValueError(suggest("model", name, [m.name for m in MODELS] + known))
     preset = _enum(name).transforms()
     sizes = preset.resize_size[0], preset.crop_size[0]
     preprocessing = Preprocessing(
-        *sizes, tuple(preset.mean), tuple(preset.std), InterpolationMode(preset.interpolation).value
+        *sizes, tuple(preset.mean), tuple(preset.std), preset.interpolation.value
     )
     options: dict[str, Any] = {"googlenet": {"aux_logits": False, "init_weights": False}}.get(name, {})
     head = next(key for key, value in _meta_state(name, options).items() if value.shape[:1] == (1000,))
@@ -230,7 +235,7 @@ def _other(name: str) -> Architecture:
 
 def _meta_state(name: str, options: dict[str, Any]) -> StateDict:
     with torch.device("meta"):
-        state: StateDict = torchvision.models.get_model(name, weights=None, **options).state_dict()
+        state: StateDict = vision().models.get_model(name, weights=None, **options).state_dict()
     return state
 
 
@@ -248,7 +253,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         found = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
     except Exception as error:
-        raise ValueError(f"cannot read weights {path}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"cannot read weights {path}: {first_line(error)}") from None
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]

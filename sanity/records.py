@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from sanity.registry import first_line
+
 PROTOCOL_VERSION = "1"
 """Changes whenever a change of the code would move numbers of an unchanged plan."""
 SCHEMA_VERSION = 1
@@ -76,7 +78,7 @@ def read_rows(path: Path) -> pd.DataFrame:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"cannot read {path}: {first_line(error)}") from None
     version = int((table.schema.metadata or {}).get(b"sanity_schema", b"0"))
     if version > SCHEMA_VERSION:
         raise ValueError(f"{path} has schema {version}, newer than {SCHEMA_VERSION}: update saliency-sanity")

@@ -26,3 +26,8 @@ def load_object(path: str) -> Any:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"cannot load {path!r}: {error}") from None
     return found
+
+
+def first_line(error: BaseException) -> str:
+    """An error's first line, or its type's name where it has no words."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

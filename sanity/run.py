@@ -141,14 +141,14 @@ def check(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m sanity.run`: exit code 0, 2 for what the user must mend, 130 after Ctrl-C."""
-    from sanity.cli import guarded_main
+    from sanity.command import guarded_main
 
     def go() -> int:
         from sanity.session import command
 
         return command(sys.argv[1:] if arguments is None else arguments)
 
-    return guarded_main("sanity run", go)
+    return guarded_main("sanity run", go, "what was finished is kept, add --resume to go on")
 
 
 if __name__ == "__main__":

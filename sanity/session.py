@@ -14,7 +14,8 @@ from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
 from sanity import attributions, images, models, report, similarity, stages, summary
-from sanity.cli import Clock, add_fields, environment, parse, plan_of, with_preset
+from sanity.cli import add_fields, parse, plan_of, with_preset
+from sanity.command import Clock, environment
 from sanity.engine import Engine
 from sanity.images import Images
 from sanity.models import MODELS, Classifier

@@ -16,6 +16,7 @@ from sanity.registry import suggest
 
 GRANULARITIES = ("block", "layer")
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 LARGEST_BLOCK = 12
 """A module with more weighted layers than this is opened: it holds blocks, it is not one."""
 
@@ -110,7 +111,8 @@ def derived(network: nn.Module, example: Tensor, granularity: str = "block") -> 
     """Stages in reverse order of execution, the logits' first.
 
     A layer is a module that owns parameters, with the normalisation beside it (an attention counts as one
-    layer); a block is the largest module of at most 12 layers that is not a mere container.
+    layer); a block is the largest module of at most 12 layers that neither is a mere container nor holds
+    one that repeats blocks.
     Parameters that the forward pass does not use are in no stage: see `untouched`.
     """
     order = execution_order(network, example)
@@ -140,30 +142,41 @@ def _layers(network: nn.Module, order: Sequence[str]) -> dict[str, str]:
 
 
 def _joined_norms(modules: Mapping[str, nn.Module], layers: Sequence[str]) -> dict[str, str]:
-    """A normalisation joins the weighted layer before it in the same parent, else the one after it."""
+    """A normalisation joins the layer before it, unless only the layer after it has the same parent."""
     weighted = [layer for layer in layers if not isinstance(modules.get(layer), NORMS)]
     joined = {layer: layer for layer in weighted}
     for place, norm in enumerate(layers):
         if norm in joined:
             continue
-        parent = norm.rpartition(".")[0]
-        before = [layer for layer in layers[:place] if layer in weighted]
-        after = [layer for layer in layers[place:] if layer in weighted]
-        same = before and before[-1].rpartition(".")[0] == parent
-        joined[norm] = before[-1] if same or not after else after[0]
+        before = [layer for layer in layers[:place] if layer in weighted][-1:]
+        after = [layer for layer in layers[place:] if layer in weighted][:1]
+        near = [layer for layer in before + after if layer.rpartition(".")[0] == norm.rpartition(".")[0]]
+        joined[norm] = next(iter([*near, *before, *after]), norm)
     return joined if weighted else {layer: layer for layer in layers}
 
 
 def _opened(network: nn.Module, layers: Iterable[str]) -> set[str]:
     """Paths of the modules that hold blocks rather than being one."""
-    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     unique = set(layers)
     opened = {""}
     for path, module in network.named_modules():
-        within = sum(layer.startswith(f"{path}.") for layer in unique)
-        if isinstance(module, containers) or within > LARGEST_BLOCK:
+        if isinstance(module, CONTAINERS) or _within(path, unique) > LARGEST_BLOCK:
             opened.add(path)
+        if isinstance(module, CONTAINERS) and _repeats(path, module, unique):
+            parts = path.split(".")
+            opened.update(".".join(parts[:n]) for n in range(1, len(parts)))
     return opened
+
+
+def _within(path: str, layers: set[str]) -> int:
+    return sum(layer.startswith(f"{path}.") for layer in layers)
+
+
+def _repeats(path: str, container: nn.Module, layers: set[str]) -> bool:
+    """Whether a container holds one kind of block twice, such as a transformer's encoder layers."""
+    blocks = [(type(child), _within(f"{path}.{name}", layers)) for name, child in container.named_children()]
+    kinds = [kind for kind, weighted in blocks if weighted > 1 and not issubclass(kind, CONTAINERS)]
+    return len(set(kinds)) < len(kinds)
 
 
 def _block(tensor: str, layer: str, opened: set[str]) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import sanity  # noqa: F401  (sets how OpenMP waits, before torch is loaded)
-
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+import sanity  # noqa: F401  (before torch: it sets how OpenMP waits)
+
+# isort: split
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
@@ -27,12 +30,12 @@ class Awkward(nn.Module):
 
     def __init__(self, classes: int = 4) -> None:
         super().__init__()
+        self.unused = nn.Linear(2, 2)
+        self.head = nn.Linear(6, classes)
         self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6))
         self.left, self.right = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
         self.norm = nn.BatchNorm2d(6)
         self.clip = nn.ReLU6()
-        self.head = nn.Linear(6, classes)
-        self.unused = nn.Linear(2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem(x), inplace=True)
@@ -43,7 +46,7 @@ class Awkward(nn.Module):
         return self.head(y.mean((2, 3)))
 
 
-def seeded(make: type[nn.Module], seed: int = 0) -> nn.Module:
+def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     """A network with known weights, in float64, its BatchNorm statistics not the trivial ones."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
