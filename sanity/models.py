@@ -222,9 +222,7 @@ def _other(name: str) -> Architecture:
         raise ValueError(suggest("model", name, [m.name for m in MODELS] + known))
     preset = _enum(name).transforms()
     sizes = preset.resize_size[0], preset.crop_size[0]
-    preprocessing = Preprocessing(
-        *sizes, tuple(preset.mean), tuple(preset.std), preset.interpolation.value
-    )
+    preprocessing = Preprocessing(*sizes, tuple(preset.mean), tuple(preset.std), preset.interpolation.value)
     options: dict[str, Any] = {"googlenet": {"aux_logits": False, "init_weights": False}}.get(name, {})
     head = next(key for key, value in _meta_state(name, options).items() if value.shape[:1] == (1000,))
     return Architecture(

@@ -19,7 +19,7 @@ from sanity.attributions.rectifiers import count_rectifiers
 from sanity.engine import Engine, predict
 from sanity.images import Images
 from sanity.models import Classifier
-from sanity.observation import CHUNK, compare, describe, dtype_of, first_look, load, look_again
+from sanity.observation import CHUNK, compare, describe, dtype_of, explained, first_look, load, look_again
 from sanity.plan import DEFAULT_METHODS, Members, Plan, read_yaml
 from sanity.randomization import Draws, guarded, randomized, reinitialiser
 from sanity.records import Key, Score, Step, to_table
@@ -99,7 +99,7 @@ def prepare(plan: Plan, classifier: Classifier, images: Images, device: str = "c
     network = classifier.network
     with guarded(network, device, dtype_of(plan)):
         example = load(classifier, images.limit(1), plan, device)
-        predict(network, example, 1)
+        explained(plan.target, predict(network, example, 1).expand(len(images), -1), images)
         refuse_unsuited(plan.explainers(), network, example)
         return resolve_stages(plan, classifier, example)
 

@@ -13,7 +13,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
-from sanity import attributions, images, models, report, similarity, stages, summary
+from sanity import attributions, images, models, similarity, stages, summary
 from sanity.cli import add_fields, parse, plan_of, with_preset
 from sanity.command import Clock, environment
 from sanity.engine import Engine
@@ -23,6 +23,7 @@ from sanity.observation import CHUNK
 from sanity.plan import Plan, presets
 from sanity.randomization import ORDERS, REINITIALISERS, steps
 from sanity.records import PROTOCOL_VERSION, Array, Key, RunFolder, Step, read_rows
+from sanity.report.figures import draw
 from sanity.run import keys, prepare, run
 from sanity.stages import Stage
 
@@ -228,7 +229,7 @@ def publish(folder: RunFolder, header: Mapping[str, Any]) -> None:
     (folder.path / "summary.md").write_text(summary.to_markdown(table))
     judged.to_csv(folder.path / "verdicts.csv", index=False, float_format="%.6f")
     with tqdm(desc="figures", unit=" figures", leave=False, mininterval=1) as bar:
-        drawn = report.draw(folder.path, lambda done, total: _show(bar, done, total))
+        drawn = draw(folder.path, lambda done, total: _show(bar, done, total))
     folder.tidy()
     print(summary.terminal_table(table))
     for warning in warnings(header):

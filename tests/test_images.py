@@ -173,9 +173,7 @@ def test_one_pixel_and_twenty_megapixels():
 def test_size_warns_nobody_below_the_limit_and_is_refused_above(monkeypatch):
     with pytest.raises(ValueError, match="196000000 pixels"):
         decode(png(14000, 14000, 8, 0, b""))
-    monkeypatch.setattr(
-        Image, "MAX_IMAGE_PIXELS", 1000
-    )  # 1200 pixels: PIL warns from 1000, refuses from 2000
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 1200 pixels: PIL warns from 1000, refuses from 2000
     with pytest.warns(Image.DecompressionBombWarning):
         Image.open(BytesIO(encoded(NOISE)))
     with warnings.catch_warnings():
@@ -251,9 +249,7 @@ def test_a_single_file(tmp_path):
 BAD = {"empty": b"", "text": b"hello", "cut": encoded(NOISE)[:200]}
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"), [("empty", "empty"), ("text", "not a picture"), ("cut", "runcated")]
-)
+@pytest.mark.parametrize(("name", "reason"), [("empty", "empty"), ("text", "not a picture"), ("cut", "runcated")])
 def test_a_bad_picture_is_named_in_one_line(tmp_path, name, reason):
     write(tmp_path, "a.png")
     (tmp_path / f"{name}.png").write_bytes(BAD[name])
@@ -423,9 +419,7 @@ def test_idx_files_are_checked(tmp_path, name, data, message):
         idx(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "spoil", [lambda x: x[:-9], lambda x: b"plain", lambda x: x[:12] + b"\xff" * 20 + x[32:]]
-)
+@pytest.mark.parametrize("spoil", [lambda x: x[:-9], lambda x: b"plain", lambda x: x[:12] + b"\xff" * 20 + x[32:]])
 def test_bad_gzip_is_named(tmp_path, spoil):
     write_idx(tmp_path, pack=lambda data: spoil(gzip.compress(data)), end=".gz")
     with pytest.raises(ValueError, match=r"images-idx3-ubyte\.gz' is not sound gzip"):

@@ -189,9 +189,7 @@ def test_spearman_on_a_foreground_ranks_nothing_else():
     a, b = pair(3, 28, 28)
     a, b = (a * 4).round(), (b * 4).round()
     mask = torch.rand(3, 28, 28, generator=torch.Generator().manual_seed(1)) < 0.4
-    want = [
-        spearmanr(x[m], y[m]).statistic for x, y, m in zip(a.numpy(), b.numpy(), mask.numpy(), strict=True)
-    ]
+    want = [spearmanr(x[m], y[m]).statistic for x, y, m in zip(a.numpy(), b.numpy(), mask.numpy(), strict=True)]
     assert_close(spearman(a, b, mask), torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-12)
     a[0][mask[0]], mask[1] = 2.0, False  # constant on the foreground; no foreground at all
     assert spearman(a, b, mask).isnan().tolist() == [True, True, False]
@@ -323,8 +321,6 @@ def test_the_gpu_agrees(similarity):
     a, b = colour_pair()
     mask = b[:, 0] > 0
     here = compare(similarity, similarity.describe(a, mask), similarity.describe(b, mask))
-    there = compare(
-        similarity, similarity.describe(a.cuda(), mask.cuda()), similarity.describe(b.cuda(), mask.cuda())
-    )
+    there = compare(similarity, similarity.describe(a.cuda(), mask.cuda()), similarity.describe(b.cuda(), mask.cuda()))
     assert_close(there[0].cpu(), here[0], rtol=0, atol=1e-10)
     assert there[1] == here[1]

@@ -7,8 +7,11 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from sanity import report
-from sanity.report import CELL, GAP, curve, draw, strip
+from sanity.report import figures
+from sanity.report.curves import curve
+from sanity.report.figures import draw
+from sanity.report.looks import looks, safe
+from sanity.report.strips import CELL, GAP, strip
 from sanity.summary import summarize
 
 METHODS = (
@@ -215,8 +218,9 @@ def test_curve_draws_the_summary_and_shows_zero_and_one():
     low, high = axes.get_ylim()
     assert low <= -0.05
     assert high >= 1.05
-    assert lines["edges (control)"].get_color() == "#777777"
-    assert lines["edges (control)"].get_linestyle() == ":"
+    assert lines["edges (control)"].get_color() == "#6B6B6B"
+    assert lines["edges (control)"].get_linestyle() == "--"
+    assert lines["gradient"].get_linestyle() == "-"
 
 
 def test_an_independent_order_is_not_joined():
@@ -231,9 +235,9 @@ def test_an_independent_order_is_not_joined():
 
 
 def test_lines_are_told_apart_by_more_than_colour():
-    looks = [style for _, style in report._styles(f"method{k}" for k in range(20))]
-    assert len({(s["color"], s["marker"], str(s["linestyle"])) for s in looks}) == 20
-    assert len({s["marker"] for s in looks[:7]}) == 7
+    found = list(looks(f"method{k}" for k in range(40)).values())
+    assert len(set(found)) == 40
+    assert len({look.marker for look in found[:7]}) == len({look.colour for look in found[:7]}) == 7
 
 
 def test_curve_refuses_what_is_not_there():
@@ -275,7 +279,7 @@ def titles(folder):
     scores = pd.read_parquet(folder / "scores.parquet")
     return [
         job.keywords.get("title", job.args[-1])
-        for _, job in [*report._strips(folder, scores, "net"), *report._curves(scores, "net")]
+        for _, job in [*figures._strips(folder, scores, "net"), *figures._curves(scores, "net")]
     ]
 
 
@@ -294,7 +298,7 @@ def test_titles_name_the_explained_class(run_folder):
 
 def test_untrained_networks_are_called_so(run_folder, monkeypatch):
     said = []
-    monkeypatch.setattr(report, "curve", lambda *a, title: said.append(title) or curve(*a, title=title))
+    monkeypatch.setattr(figures, "curve", lambda *a, title: said.append(title) or curve(*a, title=title))
     draw(run_folder)
     assert all(title.startswith("inception_v3 (untrained), ") for title in said)
     assert len(said) == 4
@@ -318,8 +322,8 @@ def test_what_cannot_be_drawn_is_one_clear_error(run_folder):
 
 
 def test_names_in_other_scripts_and_long_ones(run_folder):
-    assert report._safe("写真/猫 1.jpg") == "写真_猫_1.jpg"
-    assert len(report._safe("x" * 500)) == 80
+    assert safe("写真/猫 1.jpg") == "写真_猫_1.jpg"
+    assert len(safe("x" * 500)) == 80
 
 
 def test_pyplots_state_is_left_alone(run_folder):

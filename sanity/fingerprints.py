@@ -1,0 +1,112 @@
+"""What a run keeps of the trained network's maps, so that a later run's maps can be told from them.
+
+Similarities compare a map with another of the same run, so much can change behind them unseen: a map that
+explains another class, is flipped, or is scaled otherwise is as similar to its own kind as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sanity import maps
+from sanity.engine import Engine
+from sanity.images import Images
+from sanity.models import Classifier
+from sanity.observation import CHUNK, dtype_of, first_look
+from sanity.plan import Plan
+from sanity.randomization import guarded
+from sanity.records import SCHEMA_VERSION
+
+FILE = "fingerprints.parquet"
+GRID = 8
+OTHER = 2**62
+"""The bit of the noise seed that the look under other noise flips."""
+
+
+class Fingerprint(NamedTuple):
+    """One image's trained map, in short.
+
+    look: "first"; "again", the same once more; "other", under other noise. seed: of the methods' noise.
+    signed, absolute: the sums over channels of a and of |a|, averaged over an 8 x 8 grid, row by row.
+    rms: of the signed map; balance: its sum over the sum of its absolute values, in [-1, 1]. Both are NaN
+    where status is not "ok", and balance where the map is 0 everywhere.
+    """
+
+    model: str
+    method: str
+    image: str
+    look: str
+    target: int
+    seed: int
+    signed: list[float]
+    absolute: list[float]
+    rms: float
+    balance: float
+    status: str
+
+
+_GRID_TYPE = pa.list_(pa.float32())
+SCHEMA = pa.schema(
+    {
+        **dict.fromkeys(("model", "method", "image", "look"), pa.string()),
+        **dict.fromkeys(("target", "seed"), pa.int64()),
+        **dict.fromkeys(("signed", "absolute"), _GRID_TYPE),
+        **dict.fromkeys(("rms", "balance"), pa.float64()),
+        "status": pa.string(),
+    },
+    metadata={"sanity_schema": str(SCHEMA_VERSION)},
+)
+
+
+def fingerprints(
+    plan: Plan, classifier: Classifier, images: Images, *, batch_size: int = 8, device: str = "cpu"
+) -> list[Fingerprint]:
+    """Explain the first 8 images with the trained network three times: first, again, and under other noise.
+
+    Costs three stages of one seed. Best taken after the run itself: what its explainers left behind in the
+    network then shows.
+    """
+    engine = Engine(plan.explainers(), batch_size)
+    chunk = images.limit(CHUNK)
+    other = replace(plan, seeds=(plan.seeds[0] ^ OTHER,))
+    looks = {"first": plan, "again": plan, "other": other}
+    found = []
+    with guarded(classifier.network, device, dtype_of(plan)):
+        for look, how in looks.items():
+            seen = first_look(engine, how, classifier, chunk, device)
+            targets = seen.inputs.targets.tolist()
+            for method, attributions in seen.maps.items():
+                for image, target, values in zip(chunk.ids, targets, described(attributions), strict=True):
+                    place = (classifier.name, method, image, look, target, plan.seeds[0])
+                    found.append(Fingerprint(*place, *values))
+    return found
+
+
+def described(attributions: Tensor) -> Iterator[tuple[list[float], list[float], float, float, str]]:
+    """Attributions (N, C, H, W) -> signed, absolute, rms, balance and status of each image's map."""
+    exact = attributions.double()
+    signed = maps.signed(exact)
+    for one, magnitude, status in zip(signed, maps.absolute(exact), maps.status(signed), strict=True):
+        finite = status != maps.NON_FINITE
+        rms, balance = (one.square().mean().sqrt(), one.sum() / one.abs().sum()) if finite else [torch.nan] * 2
+        yield _grid(one), _grid(magnitude), float(rms), float(balance), status
+
+
+def _grid(x: Tensor) -> list[float]:
+    values: list[float] = F.adaptive_avg_pool2d(x[None], GRID)[0].flatten().tolist()
+    return values
+
+
+def write(path: Path, found: Iterable[Fingerprint]) -> None:
+    """Write fingerprints, in the order given."""
+    columns: Sequence[Sequence[object]] = list(zip(*found, strict=True))
+    pq.write_table(pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], SCHEMA), path)

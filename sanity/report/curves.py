@@ -1,0 +1,109 @@
+"""Curves: mean similarity against stage, a line a method, with the band of its interval."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from sanity.report.looks import REACH, WORDS, Look, looks, named, plural
+from sanity.summary import UNORDERED
+
+
+def curve(summary: pd.DataFrame, order: str, similarity: str, *, title: str = "") -> Figure:
+    """Draw mean similarity against stage, a line a method, with the band of its 95 % interval.
+
+    summary: as `summarize` gives it, of one model. Controls are grey. An independent order's stages do not
+    follow from each other: points with error bars, not joined. NaN means leave a gap, and the legend counts
+    the scores that are NaN. The axis always shows 0 and 1. Raises ValueError if nothing is there to draw.
+    """
+    figure = Figure(figsize=(11, 5.8), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    plot(axes, summary, order, similarity)
+    axes.set_xlabel(reach(order))
+    axes.set_ylabel(f"{WORDS.get(similarity, similarity)}\nwith the trained network's map")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9.5, frameon=False, handlelength=4)
+    figure.suptitle("\n".join(textwrap.wrap(title, 105)), x=0.01, ha="left", fontsize=11, parse_math=False)
+    return figure
+
+
+def plot(axes: Axes, summary: pd.DataFrame, order: str, similarity: str, size: float = 9.5) -> None:
+    """Draw one order and similarity of a summary on axes, without axis titles and legend; size: of names, in points.
+
+    Raises ValueError if nothing is there to draw.
+    """
+    part = summary[(summary["order"] == order) & (summary["similarity"] == similarity)]
+    if part.empty:
+        raise ValueError(f"no scores for order {order!r} and similarity {similarity!r}")
+    stages = part.drop_duplicates("stage_index").sort_values("stage_index")
+    places = {int(index): place for place, index in enumerate(stages["stage_index"])}
+    found = looks(part["method"].unique())
+    for turn, (method, look) in enumerate(found.items()):
+        own = part[part["method"] == method].sort_values("stage_index")
+        x = np.array([places[int(index)] for index in own["stage_index"]], np.float64)
+        if order in UNORDERED:
+            _points(axes, x + 0.72 * ((turn + 0.5) / len(found) - 0.5), own, look, size / 9.5)
+        else:
+            _line(axes, x, own, look, size / 9.5)
+    _furnish(axes, list(stages["stage"]), order, size)
+
+
+def reach(order: str) -> str:
+    """What a stage means in an order."""
+    return REACH.get(order, f"stage ({order})")
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib shall not read as a formula."""
+    return text.replace("$", r"\$")
+
+
+def _style(look: Look) -> dict[str, Any]:
+    face = "white" if look.control else look.colour
+    return {"color": look.colour, "marker": look.marker, "mfc": face, "zorder": 1.5 if look.control else 2}
+
+
+def _label(own: pd.DataFrame) -> str:
+    unscored = int(own["n_nan"].sum())
+    name = named(str(own["method"].iloc[0])) + (f" ({unscored} NaN)" if unscored else "")
+    return "\n".join(textwrap.wrap(plain(name), 34))
+
+
+def _line(axes: Axes, x: NDArray[np.float64], own: pd.DataFrame, look: Look, size: float) -> None:
+    axes.fill_between(x, own["low"], own["high"], color=look.colour, alpha=0.15, linewidth=0)
+    style = _style(look) | ({"marker": ""} if look.control else {"mec": "white", "mew": 0.8 * size})
+    style["linestyle"] = (0, look.dashes) if look.dashes else "-"
+    axes.plot(x, own["mean"], label=_label(own), linewidth=1.6 * size, markersize=5.5 * size, **style)
+
+
+def _points(axes: Axes, x: NDArray[np.float64], own: pd.DataFrame, look: Look, size: float) -> None:
+    ends = np.abs(own[["low", "high"]].to_numpy().T - own["mean"].to_numpy())
+    style = _style(look) | {"linestyle": "none", "elinewidth": 1.1 * size, "mew": size}
+    axes.errorbar(x, own["mean"], np.nan_to_num(ends), label=_label(own), markersize=5 * size, **style)
+
+
+def _furnish(axes: Axes, stages: list[str], order: str, size: float) -> None:
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, -0.05), max(high, 1.05))
+    axes.set_xlim(-0.5, len(stages) - 0.5)
+    axes.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=1)
+    if order in UNORDERED:
+        for place in range(0, len(stages), 2):
+            axes.axvspan(place - 0.5, place + 0.5, color="#f4f4f4", zorder=0)
+    how: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor", "fontsize": size}
+    axes.set_xticks(range(len(stages)), [plain(name) for name in stages], **how)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def caption(scores: pd.DataFrame, name: str, order: str) -> str:
+    """What a curve is a mean of, in words."""
+    images, seeds = plural(scores["image"].nunique(), "image"), plural(scores["seed"].nunique(), "seed")
+    kind = "bars" if order in UNORDERED else "bands"
+    return f"{name}, {order} randomization: mean of {images}, {seeds} ({kind}: its 95 % interval)"

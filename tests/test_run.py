@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sanity
+from sanity.randomization import Draws, randomized, reinitialiser
+from sanity.run import run
+from sanity.stages import derived
+from tests.conftest import Awkward, seeded
+
+COLUMNS = [
+    "model",
+    "order",
+    "seed",
+    "stage_index",
+    "stage",
+    "method",
+    "similarity",
+    "image",
+    "target",
+    "value",
+    "status",
+]
+
+
+def check(network: nn.Module, pictures: Tensor, **choices: object) -> pd.DataFrame:
+    return sanity.check(network, pictures, similarities=["spearman", "spearman_abs"], precision="float64", **choices)
+
+
+def test_rows_are_long_form_one_a_picture(awkward: nn.Module, pictures: Tensor) -> None:
+    rows = check(awkward, pictures, methods=["gradient", "edges"], orders=["cascading", "independent"], seeds=[0, 4])
+    assert list(rows.columns) == COLUMNS
+    assert len(rows) == 3 * 2 * 2 * 2 * 2 * 5
+    assert rows["stage"].unique().tolist() == ["trained", "head", "right", "left", "stem.0"]
+    assert rows["value"].dtype == np.float64
+    assert set(rows["image"]) == {"image-000", "image-001", "image-002"}
+
+
+def test_a_value_is_the_rank_correlation_of_the_two_gradients(awkward: nn.Module, pictures: Tensor) -> None:
+    """The whole path by hand: other weights put in, autograd, scipy."""
+    rows = check(awkward, pictures, methods=["gradient"], seeds=[4])
+    targets = awkward(pictures).argmax(1)
+
+    def maps() -> Tensor:
+        x = pictures.clone().requires_grad_()
+        awkward(x)[torch.arange(3), targets].sum().backward()
+        return x.grad.sum(1)
+
+    before = maps()
+    draws = Draws(reinitialiser("variance_scaling"))
+    with randomized(awkward, derived(awkward, pictures[:1]), "cascading", 4, draws) as visits:
+        next(visit for visit in visits if visit.index == 2)
+        after = maps()
+    found = rows[(rows.similarity == "spearman") & (rows.stage_index == 2)]
+    want = [spearmanr(a.ravel(), b.ravel()).statistic for a, b in zip(before.numpy(), after.numpy(), strict=True)]
+    np.testing.assert_allclose(found["value"], want, rtol=0, atol=1e-12)
+    assert found["target"].tolist() == targets.tolist()
+
+
+def test_stage_zero_is_the_trained_network_itself(awkward: nn.Module, pictures: Tensor) -> None:
+    rows = check(awkward, pictures, samples=3, mask_steps=2)
+    control = rows[(rows.stage_index == 0) & (rows.status == "ok")]
+    np.testing.assert_allclose(control["value"], 1, rtol=0, atol=1e-12)
+    assert set(control["stage"]) == {"trained"}
+
+
+@pytest.mark.parametrize("size", [1, 2, 64])
+def test_scores_do_not_depend_on_batch_size(awkward: nn.Module, pictures: Tensor, size: int) -> None:
+    names = ["gradient", "smoothgrad", "guided_backprop", "integrated_gradients", "meaningful_perturbation", "random"]
+    whole = check(awkward, pictures, methods=names, samples=3, mask_steps=3)
+    again = check(awkward, pictures, methods=names, samples=3, mask_steps=3, batch_size=size)
+    np.testing.assert_allclose(again["value"], whole["value"], rtol=0, atol=1e-9)
+
+
+def test_scores_do_not_depend_on_which_other_pictures_ran(awkward: nn.Module, pictures: Tensor) -> None:
+    whole = check(awkward, pictures, methods=["smoothgrad", "random"], samples=3)
+    alone = check(awkward, pictures[:1], methods=["smoothgrad", "random"], samples=3)
+    first = whole[whole.image == "image-000"]
+    np.testing.assert_allclose(alone["value"], first["value"], rtol=0, atol=1e-12)
+
+
+def test_more_pictures_than_a_chunk_are_all_scored(awkward: nn.Module, pictures: Tensor) -> None:
+    rows = check(awkward, pictures.repeat(4, 1, 1, 1)[:11], methods=["gradient"])
+    assert rows["image"].nunique() == 11
+    values = rows.pivot_table(index=["stage_index", "similarity"], columns="image", values="value")
+    np.testing.assert_allclose(values["image-009"], values["image-000"], rtol=0, atol=1e-9)
+
+
+def test_the_explained_class_is_fixed_given_or_predicted_anew(awkward: nn.Module, pictures: Tensor) -> None:
+    predicted = awkward(pictures).argmax(1).tolist()
+    fixed = check(awkward, pictures, methods=["gradient"])
+    assert fixed.groupby("image")["target"].unique().map(list).tolist() == [[t] for t in predicted]
+    given = check(awkward, pictures, methods=["gradient"], labels=[3, 2, 1])
+    assert given.groupby("image")["target"].unique().map(list).tolist() == [[3], [2], [1]]
+    one = check(awkward, pictures, methods=["gradient"], target="2")
+    assert set(one["target"]) == {2}
+    anew = check(awkward, pictures, methods=["gradient"], target="repredicted", reinit="normal:1", seeds=[1])
+    with randomized(awkward, derived(awkward, pictures[:1]), "cascading", 1, Draws(reinitialiser("normal:1"))) as steps:
+        want = [awkward(pictures).argmax(1).tolist() for _ in steps]
+    got = anew[anew.similarity == "spearman"].groupby("stage_index")["target"].apply(list).tolist()
+    assert got == want
+    assert len({tuple(t) for t in want}) > 1
+
+
+def test_labels_out_of_range_are_refused(awkward: nn.Module, pictures: Tensor) -> None:
+    with pytest.raises(ValueError, match="class 4 of image 'image-001': the network has 4 classes"):
+        check(awkward, pictures, methods=["gradient"], labels=[0, 4, 0])
+
+
+def test_a_callable_is_a_method_and_sees_what_the_others_see(awkward: nn.Module, pictures: Tensor) -> None:
+    def mine(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        x = images.clone().requires_grad_()
+        (found,) = torch.autograd.grad(model(x)[torch.arange(len(x)), targets].sum(), x)
+        return found
+
+    rows = check(awkward, pictures, methods=["gradient", mine])
+    names = rows["method"].unique().tolist()
+    assert names[1].endswith("mine")
+    mean = rows.pivot_table(index=["stage_index", "similarity", "image"], columns="method", values="value")
+    np.testing.assert_allclose(mean["gradient"], mean[names[1]], rtol=0, atol=1e-12)
+
+
+def test_a_method_must_suit_the_network(pictures: Tensor) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="'guided_backprop' does not suit this network: it runs no rectifier"):
+        check(network.double(), pictures, methods=["guided_backprop"])
+
+
+def test_constant_and_broken_maps_are_counted_not_scored(awkward: nn.Module, pictures: Tensor) -> None:
+    def flat(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        return torch.ones_like(images)
+
+    def broken(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        return images / 0
+
+    rows = check(awkward, pictures, methods=[flat, broken])
+    status = {str(name).split(".")[-1]: set(part["status"]) for name, part in rows.groupby("method")}
+    assert status == {"flat": {"constant map"}, "broken": {"non-finite map"}}
+    assert rows["value"].isna().all()
+
+
+def test_the_model_may_be_on_its_own_terms(pictures: Tensor) -> None:
+    network = seeded(Awkward).train()
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    check(network, pictures, methods=["gradient"])
+    assert network.training
+    assert all(torch.equal(state[key], value) for key, value in network.state_dict().items())
+
+
+def test_steps_already_done_are_not_taken_again(awkward: nn.Module, pictures: Tensor) -> None:
+    from sanity import images, models
+    from sanity.plan import Plan
+
+    plan = Plan(methods=("gradient",), similarities=("spearman",), precision="float64")
+    classifier, shown = models.of_network(awkward), images.tensors(pictures)
+    stages = derived(awkward, pictures[:1])
+    steps = list(run(plan, classifier, shown, stages))
+    done = frozenset(step.key for step in steps[:3])
+    rest = list(run(plan, classifier, shown, stages, done=done))
+    assert [step.key for step in rest] == [step.key for step in steps[3:]]
+    assert [step.scores for step in rest] == [step.scores for step in steps[3:]]
+    assert not list(run(plan, classifier, shown, stages, done=frozenset(step.key for step in steps)))
+
+
+def test_predictions_tell_what_the_network_says(awkward: nn.Module, pictures: Tensor) -> None:
+    from sanity import images, models
+    from sanity.plan import Plan
+
+    plan = Plan(methods=("edges",), similarities=("spearman",), precision="float64")
+    first = next(run(plan, models.of_network(awkward), images.tensors(pictures), derived(awkward, pictures[:1])))
+    probabilities = F.softmax(awkward(pictures), 1).detach()
+    for said, row in zip(first.predictions, probabilities, strict=True):
+        assert said.top1 == said.target == int(row.argmax())
+        assert said.top1_probability == pytest.approx(float(row.max()), abs=1e-15)
+        assert said.finite
