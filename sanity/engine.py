@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sanity.attributions.base import FunctionMethod, GradientMethod, Inputs, Method, Moments, Point, Rule
+from sanity.folding import Folded, foldable
 
 CACHE_BYTES = 2**30
 """Noise and path points of one chunk of images are kept between stages up to this much memory."""
@@ -25,9 +26,9 @@ def logits_of(network: nn.Module, pixels: Tensor) -> Tensor:
     return logits
 
 
-def gradients(network: nn.Module, points: Tensor, targets: Tensor, rule: Rule) -> Tensor:
-    """Gradient of each target's logit at each point: (N, C, H, W), (N,) -> (N, C, H, W)."""
-    with torch.enable_grad(), rule.context():
+def gradients(network: nn.Module, points: Tensor, images: Tensor, targets: Tensor, rule: Rule) -> Tensor:
+    """Gradient of each target's logit at each image's point: (N, C, H, W) twice, (N,) -> (N, C, H, W)."""
+    with torch.enable_grad(), rule.context(network, points, images):
         x = points.detach().requires_grad_()
         explained = logits_of(network, x).gather(1, targets[:, None]).sum()
         return torch.autograd.grad(explained, x)[0]
@@ -37,7 +38,8 @@ class Engine:
     """Explains batches with a set of methods, evaluating every distinct point once.
 
     batch_size is the number of network evaluations taken at a time; results do not depend on it beyond
-    rounding, because each image's points are combined in a fixed order in float64.
+    rounding, because each image's points are combined in a fixed order in float64. With fold, gradients are
+    taken through BatchNorms folded into the convolutions before them.
     on_progress(evaluations) is told after each step how many evaluations an image were done.
     """
 
@@ -46,10 +48,13 @@ class Engine:
         methods: Sequence[Method],
         batch_size: int,
         on_progress: Callable[[int], object] = lambda evaluations: None,
+        fold: bool = True,
     ) -> None:
         self.methods = methods
         self.batch_size = batch_size
         self.on_progress = on_progress
+        self.fold = fold
+        self._norms: dict[nn.Module, dict[int, nn.Module]] = {}
         self._points: dict[tuple[Point, str, int], Tensor] = {}
         self._chunk: tuple[str, ...] = ()
 
@@ -71,12 +76,21 @@ class Engine:
         if inputs.ids != self._chunk:
             self._chunk, self._points = inputs.ids, {}
         found: dict[str, Tensor] = {}
+        folded = self._folded(network, inputs)
         for rule in {method.rule.name: method.rule for method in self._combining}.values():
-            found |= self._combine(network, inputs, rule)
+            found |= self._combine(folded, inputs, rule)
         for method in self.methods:
             if isinstance(method, FunctionMethod):
                 found[method.name] = self._call(method, network, inputs)
         return {method.name: found[method.name] for method in self.methods}
+
+    def _folded(self, network: nn.Module, inputs: Inputs) -> nn.Module:
+        """Return the network as it is now, its BatchNorms folded where that changes nothing but the speed."""
+        if not self.fold:
+            return network
+        if network not in self._norms:
+            self._norms = {network: foldable(network, inputs.pixels[:1])}
+        return Folded(network, self._norms[network])
 
     def _call(self, method: FunctionMethod, network: nn.Module, inputs: Inputs) -> Tensor:
         parts = []
@@ -102,7 +116,8 @@ class Engine:
         work = ((n, point) for n in range(len(inputs.ids)) for point in users)
         while batch := list(islice(work, self.batch_size)):
             points = torch.stack([self._at(point, inputs, n) for n, point in batch])
-            found = gradients(network, points, inputs.targets[[n for n, _ in batch]], rule)
+            owners = [n for n, _ in batch]
+            found = gradients(network, points, inputs.pixels[owners], inputs.targets[owners], rule)
             for (n, point), gradient in zip(batch, found, strict=True):
                 for method in users[point]:
                     _add(sums[method.name][:, n], method, point, gradient, inputs, n)

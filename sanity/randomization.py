@@ -235,7 +235,7 @@ def randomized(
     draws: Draws,
     reset_statistics: bool = False,
 ) -> Iterator[Iterator[Visit]]:
-    """Take a network through an order: `with randomized(...) as visits: for visit in visits: ...`.
+    """Take a network through an order; the context gives an iterator of visits.
 
     During each visit the network itself holds the random values of `visit.random` and the trained values
     everywhere else; BatchNorm's running statistics stay trained unless reset_statistics. On leaving, by

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from sanity import images as image_sets
 from sanity import models
 from sanity.attributions import Explainer, Method
-from sanity.attributions.rectifiers import count_rectifiers
 from sanity.engine import Engine, predict
 from sanity.images import Images
 from sanity.models import Classifier
@@ -85,13 +84,10 @@ def resolve_stages(plan: Plan, classifier: Classifier, example: Tensor) -> tuple
 
 
 def refuse_unsuited(methods: Sequence[Method], network: nn.Module, example: Tensor) -> None:
-    """Raise ValueError for a method that would not be itself on this network."""
-    if any(method.needs == "rectifiers" for method in methods) and not count_rectifiers(network, example):
-        name = next(method.name for method in methods if method.needs == "rectifiers")
-        raise ValueError(
-            f"method {name!r} does not suit this network: it runs no rectifier (ReLU, ReLU6, hardtanh, clamp), "
-            "so it would be the plain gradient"
-        )
+    """Raise ValueError for a method that would not be itself on this network; example (1, C, H, W)."""
+    for method in methods:
+        if reason := method.unsuited(network, example, method.options):
+            raise ValueError(f"method {method.name!r} does not suit this network: {reason}")
 
 
 def prepare(plan: Plan, classifier: Classifier, images: Images, device: str = "cpu") -> tuple[Stage, ...]:

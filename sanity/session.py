@@ -28,8 +28,8 @@ from sanity.run import keys, prepare, run
 from sanity.stages import Stage
 
 DEFAULT_OUTPUT = "sanity_run"
-INTRODUCTION = """Does an explanation depend on the network? Replace the network's weights by random ones, stage by stage,
-explain the same pictures again, and measure how alike the maps stay (Adebayo et al. 2018).
+INTRODUCTION = """Does an explanation depend on the network? Replace the network's weights by random ones, stage by
+stage, explain the same pictures again, and measure how alike the maps stay (Adebayo et al. 2018).
 
   python -m sanity.run                              bundled network and photographs, about a minute
   python -m sanity.run --model resnet50 --images photos/ --preset paper

@@ -45,14 +45,15 @@ class Method:
     """An entry of the registry.
 
     name; source, the paper; deterministic: draws nothing at random; options: its numbers by name, to be
-    overridden with `with_options`; needs: what a network must contain to be explained so ("" | "rectifiers").
+    overridden with `with_options`; unsuited(network, example (1, C, H, W), options): why the method would
+    not be itself on this network, or "".
     """
 
     name: str
     source: str
     deterministic: bool = True
     options: Mapping[str, Option] = field(default_factory=dict)
-    needs: str = ""
+    unsuited: Callable[[nn.Module, Tensor, Mapping[str, Option]], str] = lambda network, example, options: ""
 
     @property
     def cost(self) -> int:
@@ -67,12 +68,22 @@ class Method:
         return replace(self, options={**self.options, **changes})
 
 
+Context = Callable[[nn.Module, Tensor, Tensor], AbstractContextManager[object]]
+
+
 @dataclass(frozen=True)
 class Rule:
-    """How the backward pass is taken: a context in which the network is run forward and backward."""
+    """How the backward pass is taken.
+
+    context(network, points, images), both (N, C, H, W), gives the context in which the network is then run
+    once at `points`, forward and backward; images are the pictures that the points belong to. name tells
+    rules apart: methods whose rules have one name share evaluations. finite: the rule looks at differences
+    of a rectifier's outputs, not at its derivative.
+    """
 
     name: str
-    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    context: Context = lambda network, points, images: nullcontext()
+    finite: bool = False
 
 
 PLAIN = Rule("plain")
@@ -90,14 +101,20 @@ class Moments:
 class GradientMethod(Method):
     """A method that combines gradients of the explained logit: points, a rule, a combination.
 
-    points(options) are evaluated under `rule`; each gradient is multiplied by `weigh(point, pixels, id,
-    seed)` where given; combine(inputs, moments) makes the attribution (N, C, H, W) of the results.
+    points(options) are evaluated under the rule of `under(options)`; each gradient is multiplied by
+    `weigh(point, pixels, id, seed)` where given; combine(inputs, moments) makes the attribution
+    (N, C, H, W) of the results.
     """
 
     points: Callable[[Mapping[str, Option]], tuple[Point, ...]] = field(kw_only=True)
     combine: Callable[[Inputs, Moments], Tensor] = field(kw_only=True)
     weigh: Callable[[Point, Tensor, str, int], Tensor] | None = None
-    rule: Rule = PLAIN
+    under: Callable[[Mapping[str, Option]], Rule] = lambda options: PLAIN
+
+    @property
+    def rule(self) -> Rule:
+        """How the backward pass is taken, with these options."""
+        return self.under(self.options)
 
     @property
     def cost(self) -> int:
@@ -120,3 +137,18 @@ class FunctionMethod(Method):
     def cost(self) -> int:
         """Network evaluations, forward and backward, an image."""
         return self.evaluations(self.options)
+
+
+def logits_of(network: nn.Module, pixels: Tensor) -> Tensor:
+    """Run a classifier: (N, C, H, W) -> (N, classes). Raises ValueError if it answers anything else."""
+    out = network(pixels)
+    logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(pixels):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(out).__name__
+        raise ValueError(f"the network must give (N, classes) logits for {len(pixels)} images, not {shape}")
+    return logits
+
+
+def explained(network: nn.Module, pixels: Tensor, targets: Tensor) -> Tensor:
+    """Logit of each image's explained class: (N, C, H, W), (N,) -> (N,)."""
+    return logits_of(network, pixels).gather(1, targets.to(pixels.device)[:, None])[:, 0]

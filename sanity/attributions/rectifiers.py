@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sanity.attributions.base import GradientMethod, Rule
+from sanity.attributions.base import GradientMethod, Method, Option, Rule
 from sanity.attributions.gradients import PIXELS, mean_gradient
 
 _RELUS = {
@@ -23,8 +26,12 @@ _CLAMPS = {
 }  # fmt: skip
 _THRESHOLDS = {F.threshold, torch.threshold, torch.threshold_}
 
+Function = Callable[..., Any]
+Act = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+"""(z, rectify) -> what the network goes on with in place of rectify(z)."""
 
-def is_rectifier(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+
+def is_rectifier(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call cuts its input off below 0: ReLU, ReLU6, hardtanh, clamp or threshold from 0."""
 
     def argument(place: int, *names: str, default: object = None) -> object:
@@ -43,37 +50,39 @@ def is_rectifier(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     return False
 
 
+def replaced(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], act: Act, spare: bool = True) -> Tensor:
+    """Call `act(z, rectify)` in place of an elementwise function; what that does in place is done in place.
+
+    With spare, rectify(z) leaves z as it is; without, a function that acts in place does.
+    """
+    z, *rest = (kwargs["input"],) if "input" in kwargs else args
+    others = {key: value for key, value in kwargs.items() if key != "input"}
+    in_place = bool(kwargs.get("inplace")) or func.__name__.endswith("_")
+    # Hooks on a view that was written to see only what goes on through that view.
+    aside = in_place and (spare or z._is_view())
+    output = act(z, lambda t: func(t.clone() if aside else t, *rest, **others))
+    # A network may go on with its argument, or with what that is a view of, and ignore the answer.
+    return z.copy_(output) if aside else output
+
+
 class Rectifying(TorchFunctionMode):
-    """Calls `act(output)` for every rectifier the network runs, and counts them.
+    """Puts `act` in the place of every rectifier the network runs, and counts them.
 
     A TorchFunctionMode sees the call itself, so it also reaches networks whose rectifiers are functions
     (torchvision's Inception v3) or one module used many times (EfficientNet-Lite), where hooks on
     `nn.ReLU` see nothing or the last use only.
     """
 
-    def __init__(self, act: Callable[[Tensor], None] = lambda output: None) -> None:
+    def __init__(self, act: Act = lambda z, rectify: rectify(z), spare: bool = False) -> None:
         super().__init__()
-        self.act = act
-        self.count = 0
+        self.act, self.spare, self.count = act, spare, 0
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if is_rectifier(func, args, kwargs):
-            self.count += 1
-            self.act(output)
-        return output
-
-
-def _guide(output: Tensor) -> None:
-    # The rectifier's own backward gates by its output; what remains is to drop negative gradients first.
-    if output.requires_grad:
-        output.register_hook(lambda gradient: gradient.clamp(min=0))  # type: ignore[no-untyped-call]
-
-
-GUIDED = Rule("guided", lambda: Rectifying(_guide))
+        if not is_rectifier(func, args, kwargs):
+            return func(*args, **kwargs)
+        self.count += 1
+        return replaced(func, args, kwargs, self.act, self.spare)
 
 
 def count_rectifiers(network: nn.Module, example: Tensor) -> int:
@@ -84,11 +93,167 @@ def count_rectifiers(network: nn.Module, example: Tensor) -> int:
     return seen.count
 
 
+def needs_rectifiers(network: nn.Module, example: Tensor, options: Mapping[str, Option]) -> str:
+    """Why a method that changes the rectifiers' backward pass does not suit a network, or ""."""
+    if count_rectifiers(network, example):
+        return ""
+    return "it runs no rectifier (ReLU, ReLU6, hardtanh, clamp), so it would be the plain gradient"
+
+
+class _Ruled(torch.autograd.Function):
+    """A value whose gradient goes back to z by a rule of one's own."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, value: Callable[[], Tensor], rule: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.rule = rule
+        return value()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.rule(gradients[0]), None, None
+
+
+def ruled(z: Tensor, value: Callable[[], Tensor], rule: Callable[[Tensor], Tensor]) -> Tensor:
+    """`value()`, through which a gradient goes back to z as rule(gradient)."""
+    output: Tensor = _Ruled.apply(z, value, rule)
+    return output
+
+
+# --- guided backprop and deconvolution
+
+
+def _guide(z: Tensor, rectify: Callable[[Tensor], Tensor]) -> Tensor:
+    # The rectifier's own backward gates by its output; what remains is to drop negative gradients first.
+    output = rectify(z)
+    if output.requires_grad:
+        output.register_hook(lambda gradient: gradient.clamp(min=0))  # type: ignore[no-untyped-call]
+    return output
+
+
+def _deconvolve(z: Tensor, rectify: Callable[[Tensor], Tensor]) -> Tensor:
+    return ruled(z, lambda: rectify(z), lambda gradient: gradient.clamp(min=0))
+
+
+GUIDED = Rule("guided", lambda network, points, images: Rectifying(_guide))
+DECONVOLUTION = Rule("deconvolution", lambda network, points, images: Rectifying(_deconvolve, spare=True))
+
 GUIDED_BACKPROP = GradientMethod(
     "guided_backprop",
     "Springenberg et al. 2015",
     points=lambda options: PIXELS,
     combine=mean_gradient,
-    rule=GUIDED,
-    needs="rectifiers",
+    under=lambda options: GUIDED,
+    unsuited=needs_rectifiers,
 )
+DECONVNET = GradientMethod(
+    "deconvnet",
+    "Zeiler and Fergus 2014",
+    points=lambda options: PIXELS,
+    combine=mean_gradient,
+    under=lambda options: DECONVOLUTION,
+    unsuited=needs_rectifiers,
+)
+
+
+# --- activation freezing
+
+
+def threshold(outputs: Tensor, p: float) -> Tensor:
+    """Percentile p of each image's positive outputs: (N, ...) -> (N, 1, ...).
+
+    Those strictly below it are the ceil((n - 1) p / 100) smallest of the n, as with numpy.percentile; it
+    lies half-way to the next one, where rounding decides nothing. -inf where none is below: for p = 0,
+    and for fewer than two positive outputs. Equal outputs fall on one side together.
+    """
+    return torch.stack([_threshold(one, p) for one in outputs]).view(-1, *[1] * (outputs.ndim - 1))
+
+
+def _threshold(outputs: Tensor, p: float) -> Tensor:
+    positive = outputs[outputs > 0]
+    below = math.ceil((len(positive) - 1) * p / 100) if len(positive) else 0
+    if not below:
+        return outputs.new_tensor(-math.inf)
+    largest = positive.topk(len(positive) - below + 1, sorted=False).values
+    return largest.topk(2, largest=False).values.mean()
+
+
+class Freezing(Rectifying):
+    """Makes each rectifier a constant below its threshold.
+
+    A layer's threshold is the p-th percentile of its own positive outputs at the image, and each unit's
+    constant is its own output at the image. With mask "point" a unit is constant wherever its output lies
+    below the threshold; with "image", wherever its output at the image does.
+    """
+
+    def __init__(self, network: nn.Module, images: Tensor, p: float, mask: str) -> None:
+        super().__init__(self.freeze, spare=True)
+        self.by_image = mask == "image"
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        # Points of one image stand together, and one run serves them all.
+        _, self.owners = torch.unique_consecutive(images.flatten(1), dim=0, return_inverse=True)
+        first = torch.searchsorted(self.owners, torch.arange(int(self.owners[-1]) + 1, device=images.device))
+
+        def keep(z: Tensor, rectify: Callable[[Tensor], Tensor]) -> Tensor:
+            output = rectify(z)
+            self.layers.append((threshold(output, p), output.clone()))
+            return output
+
+        with torch.no_grad(), Rectifying(keep):
+            network(images[first])
+
+    def freeze(self, z: Tensor, rectify: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a rectifier gives: its output where that is live, the constant elsewhere."""
+        layer, value = (found[self.owners] for found in self.layers[(self.count - 1) % len(self.layers)])
+        output = rectify(z)
+        if output.shape != value.shape:
+            raise ValueError(
+                f"rectifier {self.count} gave {tuple(value.shape)} at the image and {tuple(output.shape)} "
+                "elsewhere: a network whose path depends on its input cannot be frozen"
+            )
+        return torch.where((value if self.by_image else output) >= layer, output, value)
+
+
+def _frozen(rule: Rule, p: float, mask: str) -> Rule:
+    if not 0 <= p <= 100:
+        raise ValueError(f"a percentile lies in [0, 100]: got p={p}")
+    if mask not in ("point", "image"):
+        raise ValueError(f"mask must be point or image, not {mask!r}")
+
+    @contextmanager
+    def context(network: nn.Module, points: Tensor, images: Tensor) -> Iterator[None]:
+        freezing = Freezing(network, images, p, mask)
+        with ExitStack() as stack:
+            # The mode entered last is asked first: gates go around the rule, differences are of what is frozen.
+            if rule.finite:
+                stack.enter_context(freezing)
+            stack.enter_context(rule.context(network, points, images))
+            if not rule.finite:
+                stack.enter_context(freezing)
+            yield
+
+    return Rule(f"{rule.name}, frozen p={p} mask={mask}", context, rule.finite)
+
+
+def frozen(method: Method) -> GradientMethod:
+    """Return a method that combines gradients, on the network as it is frozen for each image. [Hara]
+
+    Its options are the method's and p, the percentile (80); mask, "point" or "image": see `Freezing`. At
+    the image itself both are the same, the network's output is unchanged, and p = 0 freezes nothing.
+    Raises ValueError for a method of another kind.
+    """
+    if not isinstance(method, GradientMethod):
+        raise ValueError(f"frozen:{method.name}: only methods that combine gradients can be frozen")
+    if "mask" in method.options:
+        raise ValueError(f"{method.name!r} is frozen already")
+
+    def unsuited(network: nn.Module, example: Tensor, options: Mapping[str, Option]) -> str:
+        return needs_rectifiers(network, example, options) or method.unsuited(network, example, options)
+
+    return replace(
+        method,
+        name=f"frozen:{method.name}",
+        source=f"activation freezing, Hara; {method.source}",
+        options={**method.options, "p": 80.0, "mask": "point"},
+        under=lambda options: _frozen(method.under(options), float(options["p"]), str(options["mask"])),
+        unsuited=unsuited,
+    )

@@ -1,0 +1,128 @@
+"""Run a network with every BatchNorm folded into the convolution before it: fewer passes over activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+_CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
+BatchNorm = nn.modules.batchnorm._NormBase
+
+
+class _Trace(TorchFunctionMode):
+    """Notes, of one forward pass, which convolution's result goes into a BatchNorm and nowhere else."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        norms = [m for m in network.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
+        self.owner = {id(norm.running_mean): norm for norm in norms}
+        self.kept: list[Tensor] = []
+        self.uses: dict[int, int] = {}
+        self.count = 0
+        self.convolutions: dict[int, int] = {}
+        self.followed: dict[int, tuple[int, nn.Module]] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if func.__name__ == "__get__" or not made:
+            return result
+        # Kept alive, so that an id names one tensor only.
+        self.kept += made
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self.uses[id(leaf)] = self.uses.get(id(leaf), 0) + 1
+        if func in _CONVOLUTIONS:
+            self.convolutions[id(result)] = self.count if len(args) > 2 else -1
+            self.count += 1
+        if func is F.batch_norm and len(args) > 1 and not _training(args, kwargs or {}):
+            norm, source = self.owner.get(id(args[1])), id(args[0])
+            if norm is not None and self.convolutions.get(source, -1) >= 0:
+                self.followed[source] = (self.convolutions[source], norm)
+        return result
+
+
+def _training(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return bool(args[5] if len(args) > 5 else kwargs.get("training", False))
+
+
+def foldable(network: nn.Module, example: Tensor) -> dict[int, nn.Module]:
+    """Convolution calls, by their place in the forward pass, whose results only a BatchNorm reads -> that norm."""
+    trace = _Trace(network)
+    with torch.no_grad(), trace:
+        out = network(example)
+    returned = {id(leaf) for leaf in tree_leaves(out)}
+    alone = (source for source in trace.followed if trace.uses[source] == 1 and source not in returned)
+    return dict(trace.followed[source] for source in alone)
+
+
+class _Fold(TorchFunctionMode):
+    """One forward pass: convolutions take their norm's scale and shift, and those norms do nothing."""
+
+    def __init__(self, norms: dict[int, nn.Module], weights: dict[int, tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.norms, self.weights = norms, weights
+        self.count = 0
+        self.pending: set[int] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm and id(args[0]) in self.pending:
+            self.pending.remove(id(args[0]))
+            return args[0]
+        if func not in _CONVOLUTIONS:
+            return func(*args, **kwargs)
+        place, self.count = self.count, self.count + 1
+        if place not in self.norms:
+            return func(*args, **kwargs)
+        x, weight, bias, *rest = args
+        if place not in self.weights:
+            self.weights[place] = folded(weight, bias, self.norms[place])
+        out = func(x, *self.weights[place], *rest, **kwargs)
+        self.pending.add(id(out))
+        return out
+
+
+def folded(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that equals a convolution and the evaluating BatchNorm after it."""
+    mean, var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    scale = (var + float(norm.eps)).rsqrt()  # type: ignore[arg-type]
+    shift = -mean * scale if bias is None else (bias - mean) * scale
+    if norm.affine:
+        gamma, beta = norm.get_parameter("weight"), norm.get_parameter("bias")
+        scale, shift = scale * gamma, shift * gamma + beta
+    return weight * scale.view(-1, *[1] * (weight.ndim - 1)), shift
+
+
+class Folded(nn.Module):
+    """A network that computes the same with its BatchNorms folded, as long as its parameters stay as they are.
+
+    norms as `foldable` finds them; folded weights are made on first use and kept, so a new Folded is needed
+    after any change of parameters. Rectifiers, and whatever else the network calls, are untouched. A forward
+    pass that takes another way than when `foldable` looked is run again unfolded, from then on.
+    """
+
+    def __init__(self, network: nn.Module, norms: dict[int, nn.Module]) -> None:
+        super().__init__()
+        self.network, self.norms = network, norms
+        self.weights: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Any:
+        """Whatever the network gives."""
+        fold = _Fold(self.norms, self.weights)
+        with fold:
+            out = self.network(x)
+        if fold.pending:
+            self.norms = {}
+            return self.network(x)
+        return out
