@@ -121,4 +121,5 @@ def test_the_network_is_evaluated_as_often_as_the_cost_says(awkward: nn.Module, 
     handle = awkward.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
     explain(awkward, inputs_of(pictures), name)
     handle.remove()
-    assert sum(seen) == 3 * small(name).cost
+    looked = 1  # image, run once to see which BatchNorms fold
+    assert sum(seen) == 3 * small(name).cost + looked
