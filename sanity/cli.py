@@ -7,14 +7,31 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from sanity.plan import Plan, from_dict, presets
 
 
-def add_fields(parser: ArgumentParser, schema: type[Any]) -> None:
-    """One flag a field of a dataclass: its type, default and help are the field's own."""
-    for one in fields(schema):
+class HelpFormatter(DefaultHelpFormatter):
+    """Help as it was written: paragraphs keep their lines, and a default stands where it tells something."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **{**more, "max_help_position": 28, "width": 110})
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(indent + line for line in text.splitlines())
+
+    def _get_help_string(self, action: Any) -> str:
+        default = action.default
+        if default in (None, False, "==SUPPRESS==", "auto") or not action.help or "default" in action.help:
+            return action.help or ""
+        words = " ".join(map(str, default)) if isinstance(default, list) else default
+        return f"{action.help} (default: {words})"
+
+
+def add_fields(parser: Any, schema: type[Any], names: Sequence[str] | None = None) -> None:
+    """One flag a field of a dataclass: its type, default, help and placeholder are the field's own."""
+    for one in (one for one in fields(schema) if names is None or one.name in names):
         default: Any = one.default
         flag, words = f"--{one.name.replace('_', '-')}", one.metadata["help"]
         kind = str(one.type)
@@ -22,15 +39,26 @@ def add_fields(parser: ArgumentParser, schema: type[Any]) -> None:
             parser.add_argument(flag, action="store_true", help=words)
         elif kind.startswith("tuple"):
             of = int if "int" in kind else str
-            parser.add_argument(flag, nargs="+", type=of, default=list(default), metavar="X", help=words)
+            parser.add_argument(
+                flag, nargs="+", type=of, default=list(default), metavar=one.metadata.get("metavar", "NAME"), help=words
+            )
         else:
             types: dict[str, Any] = {"str": str, "int": int, "int | None": int | None}
-            parser.add_argument(flag, type=types.get(kind, Any), default=default, metavar="X", help=words)
+            parser.add_argument(
+                flag,
+                type=types.get(kind, Any),
+                default=default,
+                metavar=one.metadata.get("metavar", "NAME"),
+                help=words,
+            )
 
 
 def with_preset(arguments: Sequence[str], default: str | None) -> list[str]:
-    """Put the preset's plan file first, so that a config file and flags win over it."""
-    given, rest = default, []
+    """Put the preset's plan file first, so that a config file and flags win over it.
+
+    The default preset is for a bare call: with a config file and no `--preset`, the file says all.
+    """
+    given, rest = default, list[str]()
     words = iter(arguments)
     for word in words:
         if word == "--preset":
@@ -39,7 +67,7 @@ def with_preset(arguments: Sequence[str], default: str | None) -> list[str]:
             given = word.removeprefix("--preset=")
         else:
             rest.append(word)
-    if given is None:
+    if given is None or (given == default and any(word.split("=")[0] == "--config" for word in rest)):
         return rest
     from sanity.plan import preset
 

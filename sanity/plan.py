@@ -36,9 +36,13 @@ class Plan:
     """What is randomized, explained and compared. Raises ValueError for values that make no sense."""
 
     model: str = _option("efficientnet_lite0", "model by name (--list), or package.module:factory")
-    weights: str = _option("pretrained", "pretrained, random (untrained), or a .pth or .safetensors file")
-    images: str = _option("bundled", "bundled photographs, a folder, a picture, or a folder of IDX files")
-    limit: int | None = _option(None, "only the first N images")
+    weights: str = _option(
+        "pretrained", "pretrained, random (untrained), or a .pth or .safetensors file", metavar="WHERE"
+    )
+    images: str = _option(
+        "bundled", "bundled photographs, a folder, a picture, or a folder of IDX files", metavar="WHERE"
+    )
+    limit: int | None = _option(None, "only the first N images", metavar="N")
     skip_bad_images: bool = _option(False, "go on without pictures that cannot be read; the manifest lists them")
     methods: tuple[Any, ...] = _option(
         DEFAULT_METHODS, "explainers by name (--list), name:option=value,..., or package.module:callable"
@@ -47,6 +51,7 @@ class Plan:
     stages: str | int | tuple[str, ...] | Members = _option(
         "all",
         "all, a number of stages to merge into, stages by name, or a YAML file (name -> modules or parameters)",
+        metavar="STAGES",
     )
     granularity: str = _option("block", "block or layer")
     reinit: str = _option("variance_scaling", "where random values come from (--list), e.g. normal:0.01")
@@ -57,12 +62,12 @@ class Plan:
         "explained class: predicted by the trained network, label, repredicted at each stage, or an index",
     )
     similarities: tuple[str, ...] = _option(similarity.DEFAULTS, "how maps are compared (--list)")
-    seeds: tuple[int, ...] = _option((0,), "seeds of the random weights, one randomization each")
-    samples: int | None = _option(None, "samples of SmoothGrad, Integrated Gradients and their kin")
-    mask_steps: int | None = _option(None, "optimisation steps of meaningful perturbation")
+    seeds: tuple[int, ...] = _option((0,), "seeds of the random weights, one randomization each", metavar="N")
+    samples: int | None = _option(None, "samples of SmoothGrad, Integrated Gradients and their kin", metavar="N")
+    mask_steps: int | None = _option(None, "optimisation steps of meaningful perturbation", metavar="N")
     precision: str = _option("float32", "float32, or float64 for reference")
     save_maps: bool = _option(False, "keep the raw attributions in maps.safetensors")
-    strips: int = _option(4, "draw strips of maps for the first N images")
+    strips: int = _option(4, "draw strips of maps for the first N images", metavar="N")
     hide_pictures: bool = _option(False, "leave the photographs themselves out of the strips")
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
 from sanity import attributions, images, models, similarity, stages, summary
-from sanity.cli import add_fields, parse, plan_of, with_preset
+from sanity.cli import HelpFormatter, add_fields, parse, plan_of, with_preset
 from sanity.command import Clock, environment
 from sanity.engine import Engine
 from sanity.images import Images
@@ -51,22 +51,43 @@ class Setting:
     verbose: bool
 
 
+WHAT = ("model", "weights", "images", "limit", "skip_bad_images", "target")
+RANDOMIZED = ("orders", "stages", "granularity", "reinit", "batchnorm", "redraw", "seeds")
+COMPARED = ("methods", "samples", "mask_steps", "similarities", "precision")
+KEPT = ("save_maps", "strips", "hide_pictures")
+
+
 def parser() -> ArgumentParser:
     """Flags of `python -m sanity.run`, one for each field of a plan and for each of a setting."""
-    made = ArgumentParser(prog="sanity run", description=INTRODUCTION, exit_on_error=False)
+    made = ArgumentParser(
+        prog="sanity run",
+        usage="sanity run [options]",
+        description=INTRODUCTION,
+        exit_on_error=False,
+        formatter_class=HelpFormatter,
+    )
     made.add_argument("--list", action="store_true", help="list models, methods, orders, similarities, presets")
-    made.add_argument("--preset", metavar="X", help=f"start from a plan file of the package: {', '.join(presets())}")
+    made.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"start from a plan file of the package: {', '.join(presets())} (default: quick)",
+    )
     made.add_argument("--config", action="config", help="YAML plan file; its keys are the flags' names")
-    add_fields(made, Plan)
-    made.add_argument("--device", default="auto", metavar="X", help="auto, cpu, cuda or cuda:N")
-    made.add_argument(
-        "--batch_size", "--batch-size", default="auto", metavar="X", help="evaluations at a time, or auto"
+    for title, names in (
+        ("what is explained", WHAT),
+        ("how it is randomized", RANDOMIZED),
+        ("how it is explained and compared", COMPARED),
+        ("what is kept", KEPT),
+    ):
+        add_fields(made.add_argument_group(title), Plan, names)
+    where = made.add_argument_group("where and how it runs: nothing here changes a number beyond rounding")
+    where.add_argument("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
+    where.add_argument("--batch-size", default="auto", metavar="N", help="evaluations at a time, or auto (default)")
+    where.add_argument(
+        "--output", type=str | None, metavar="DIR", help=f"folder for the results (default: a new {DEFAULT_OUTPUT})"
     )
-    made.add_argument("--output", type=str | None, metavar="DIR", help=f"results' folder (default: {DEFAULT_OUTPUT})")
-    made.add_argument("--resume", action="store_true", help="go on with an interrupted run in OUTPUT")
-    made.add_argument(
-        "--verbose", action="store_true", help="print each picture's class and probability at every stage"
-    )
+    where.add_argument("--resume", action="store_true", help="go on with an interrupted run in OUTPUT")
+    where.add_argument("--verbose", action="store_true", help="print every picture's class at every stage")
     return made
 
 
@@ -274,7 +295,8 @@ def listing() -> str:
     ]
     lines = []
     for title, entries in blocks:
-        lines += [title, *(f"  {name:<26} {words}" for name, words in entries), ""]
+        wide = max(len(name) for name, _ in entries)
+        lines += [title, *(f"  {name:<{wide}}  {words}" for name, words in entries), ""]
     return "\n".join(lines)
 
 
