@@ -43,7 +43,7 @@ def add_fields(parser: Any, schema: type[Any], names: Sequence[str] | None = Non
                 flag, nargs="+", type=of, default=list(default), metavar=one.metadata.get("metavar", "NAME"), help=words
             )
         else:
-            types: dict[str, Any] = {"str": str, "int": int, "int | None": int | None}
+            types: dict[str, Any] = {"str": str, "int": int, "int | None": int | None, "str | None": str | None}
             parser.add_argument(
                 flag,
                 type=types.get(kind, Any),

@@ -78,18 +78,19 @@ def explained(target: str, logits: Tensor, chunk: Images) -> Tensor:
     return torch.tensor(labels, device=logits.device)
 
 
-def describe(plan: Plan, attributions: Mapping[str, Tensor]) -> Descriptions:
-    """Describe every method's maps for every similarity of the plan."""
+def describe(plan: Plan, seen: Seen) -> Descriptions:
+    """Describe every method's maps for every similarity of the plan; foreground: pixels that are not baseline, 0."""
+    foreground = seen.inputs.pixels.ne(0).any(1)
     return {
-        (method, name): similarity.get(name).describe(found)
-        for method, found in attributions.items()
+        (method, name): similarity.get(name).describe(found, foreground)
+        for method, found in seen.maps.items()
         for name in plan.similarities
     }
 
 
 def compare(plan: Plan, classifier: Classifier, key: Key, visit: Visit, originals: Descriptions, seen: Seen) -> Step:
     """Score a visit's maps against the trained network's, and note what the network says now."""
-    described = describe(plan, seen.maps) if visit.index else originals
+    described = describe(plan, seen) if visit.index else originals
     place = (classifier.name, key.order, key.seed, key.stage_index, visit.stage.name)
     targets = seen.inputs.targets.tolist()
     scores = []

@@ -57,6 +57,9 @@ class Plan:
     reinit: str = _option("variance_scaling", "where random values come from (--list), e.g. normal:0.01")
     batchnorm: str = _option("keep", "running statistics of randomized BatchNorms: keep or reset")
     redraw: bool = _option(False, "draw every stage of a cascade anew, instead of keeping what was drawn")
+    against: str | None = _option(
+        None, "weights of the same network trained on permuted labels, for the order data", metavar="FILE"
+    )
     target: str = _option(
         "predicted",
         "explained class: predicted by the trained network, label, repredicted at each stage, or an index",
@@ -79,6 +82,8 @@ class Plan:
                 raise ValueError(f"--{name} names something twice: {' '.join(map(str, value))}")
         for order in self.orders:
             _one_of("order", order, ORDERS)
+        if ("data" in self.orders) != (self.against is not None):
+            raise ValueError("the order data and --against FILE, the network trained on permuted labels, go together")
         for name in self.similarities:
             similarity.get(name)
         _one_of("granularity", self.granularity, GRANULARITIES)
@@ -148,6 +153,8 @@ def _type_error(kind: str, value: Any) -> str:
     """Why a value of a plan file does not fit its field, or nothing."""
     if kind == "bool" and not isinstance(value, bool):
         return "must be true or false"
+    if kind == "str | None" and not isinstance(value, str | None):
+        return "must be text"
     if kind == "str" and (isinstance(value, bool) or not isinstance(value, str | int)):
         return "must be text"
     if kind.startswith("int") and (isinstance(value, bool) or not isinstance(value, int | None)):

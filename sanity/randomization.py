@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ ORDERS = {
     "cascading": "from the logits down, every stage reached stays random",
     "independent": "each stage alone, all others trained",
     "bottom_up": "from the input up, every stage reached stays random [Binder et al. 2023]",
+    "data": "one step: the same network trained on permuted labels (--against FILE)",
 }
 
 Draw = Callable[[nn.Module, str, Tensor, torch.Generator], Tensor]
@@ -39,12 +40,18 @@ class Visit:
 
 
 TRAINED = Stage("trained", ())
+PERMUTED = "permuted labels"
+STATISTICS = ("running_mean", "running_var")
 
 
 def steps(stages: Sequence[Stage], order: str) -> list[tuple[Stage, tuple[Stage, ...]]]:
     """For each step of an order: the stage reached and all the stages that are random then; first, none."""
     if order not in ORDERS:
         raise ValueError(suggest("order", order, ORDERS))
+    if order == "data":
+        statistics = (f"{norm}.{own}" for stage in stages for norm in stage.norms for own in STATISTICS)
+        whole = Stage(PERMUTED, (*(name for stage in stages for name in stage.parameters), *statistics))
+        return [(TRAINED, ()), (whole, (whole,))]
     way = list(reversed(stages)) if order == "bottom_up" else list(stages)
     alone = order == "independent"
     return [
@@ -157,6 +164,24 @@ class Draws:
         return torch.empty_like(trained).copy_(drawn)
 
 
+class Other:
+    """Values of another training of the same network, in the place of random ones: the data randomization test.
+
+    Raises ValueError, naming the parameter, where the other network has none of that name and shape.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], origin: str) -> None:
+        self.state, self.origin = state, origin
+
+    def of(self, network: nn.Module, name: str, trained: Tensor, seed: int, step: str) -> Tensor:
+        """Return the other network's value of one parameter, on this one's device and of its dtype."""
+        value = self.state.get(name)
+        if value is None or value.shape != trained.shape:
+            found = "none" if value is None else f"one of shape {tuple(value.shape)}"
+            raise ValueError(f"{self.origin} is not for this network: for {name} {tuple(trained.shape)} it has {found}")
+        return value.to(trained)
+
+
 # --- the network, changed in place
 
 
@@ -232,7 +257,7 @@ def randomized(
     stages: Sequence[Stage],
     order: str,
     seed: int,
-    draws: Draws,
+    draws: Draws | Other,
     reset_statistics: bool = False,
 ) -> Iterator[Iterator[Visit]]:
     """Take a network through an order; the context gives an iterator of visits.

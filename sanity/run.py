@@ -20,7 +20,7 @@ from sanity.images import Images
 from sanity.models import Classifier
 from sanity.observation import CHUNK, compare, describe, dtype_of, explained, first_look, load, look_again
 from sanity.plan import DEFAULT_METHODS, Members, Plan, read_yaml
-from sanity.randomization import Draws, guarded, randomized, reinitialiser
+from sanity.randomization import Draws, Other, guarded, randomized, reinitialiser, steps
 from sanity.records import Key, Score, Step, to_table
 from sanity.stages import Stage, derived, grouped, select, written_out
 
@@ -42,15 +42,15 @@ def run(
     """
     network = classifier.network
     engine = Engine(plan.explainers(), batch_size, on_progress)
-    draws = Draws(reinitialiser(plan.reinit), plan.redraw)
+    sources = draws_of(plan)
     with guarded(network, device, dtype_of(plan)):
         for number, chunk in enumerate(images.chunks(CHUNK)):
             if done.issuperset(keys(plan, stages, number)):
                 continue
             trained = first_look(engine, plan, classifier, chunk, device)
-            originals = describe(plan, trained.maps)
+            originals = describe(plan, trained)
             for seed, order in product(plan.seeds, plan.orders):
-                with randomized(network, stages, order, seed, draws, plan.batchnorm == "reset") as visits:
+                with randomized(network, stages, order, seed, sources[order], plan.batchnorm == "reset") as visits:
                     for visit in visits:
                         key = Key(number, seed, order, visit.index)
                         if key not in done:
@@ -60,8 +60,17 @@ def run(
 
 def keys(plan: Plan, stages: Sequence[Stage], chunk: int) -> list[Key]:
     """Steps of one chunk of images, the trained network's (index 0) included."""
-    indices = range(len(stages) + 1)
-    return [Key(chunk, seed, order, i) for seed, order in product(plan.seeds, plan.orders) for i in indices]
+    pairs = product(plan.seeds, plan.orders)
+    return [Key(chunk, seed, order, i) for seed, order in pairs for i in range(len(steps(stages, order)))]
+
+
+def draws_of(plan: Plan) -> Mapping[str, Draws | Other]:
+    """Where each order's values come from: random, but for the order data from another training."""
+    random = Draws(reinitialiser(plan.reinit), plan.redraw)
+    if plan.against is None:
+        return dict.fromkeys(plan.orders, random)
+    other = Other(models.read_state_dict(Path(plan.against)), f"file {Path(plan.against).name}")
+    return {order: other if order == "data" else random for order in plan.orders}
 
 
 def resolve_stages(plan: Plan, classifier: Classifier, example: Tensor) -> tuple[Stage, ...]:

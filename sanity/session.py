@@ -51,7 +51,7 @@ class Setting:
     verbose: bool
 
 
-WHAT = ("model", "weights", "images", "limit", "skip_bad_images", "target")
+WHAT = ("model", "weights", "against", "images", "limit", "skip_bad_images", "target")
 RANDOMIZED = ("orders", "stages", "granularity", "reinit", "batchnorm", "redraw", "seeds")
 COMPARED = ("methods", "samples", "mask_steps", "similarities", "precision")
 KEPT = ("save_maps", "strips", "hide_pictures")

@@ -179,3 +179,44 @@ def test_predictions_tell_what_the_network_says(awkward: nn.Module, pictures: Te
         assert said.top1 == said.target == int(row.argmax())
         assert said.top1_probability == pytest.approx(float(row.max()), abs=1e-15)
         assert said.finite
+
+
+def test_data_randomization_puts_the_other_network_in_its_place(pictures: Tensor, tmp_path: object) -> None:
+    network, other = seeded(Awkward, 0), seeded(Awkward, 1)
+    path = f"{tmp_path}/permuted.pth"
+    torch.save(other.state_dict(), path)
+    rows = check(network, pictures, methods=["gradient"], orders=["data"], against=path)
+    assert rows["stage"].unique().tolist() == ["trained", "permuted labels"]
+    targets = network(pictures).argmax(1)
+
+    def maps(model: nn.Module) -> Tensor:
+        x = pictures.clone().requires_grad_()
+        model(x)[torch.arange(3), targets].sum().backward()
+        return x.grad.sum(1)
+
+    want = [
+        spearmanr(a.ravel(), b.ravel()).statistic
+        for a, b in zip(maps(network).numpy(), maps(other).numpy(), strict=True)
+    ]
+    found = rows[(rows.stage_index == 1) & (rows.similarity == "spearman")]
+    np.testing.assert_allclose(found["value"], want, rtol=0, atol=1e-12)
+
+
+def test_another_networks_weights_are_refused_for_data_randomization(pictures: Tensor, tmp_path: object) -> None:
+    path = f"{tmp_path}/other.pth"
+    torch.save(nn.Linear(3, 2).state_dict(), path)
+    with pytest.raises(ValueError, match=r"file other.pth is not for this network: for .* it has none"):
+        check(seeded(Awkward), pictures, methods=["gradient"], orders=["data"], against=path)
+    with pytest.raises(ValueError, match="the order data and --against FILE"):
+        check(seeded(Awkward), pictures, methods=["gradient"], orders=["data"])
+
+
+def test_the_foreground_alone_can_be_compared(awkward: nn.Module, pictures: Tensor) -> None:
+    dark = pictures.clone()
+    dark[:, :, :9] = 0
+    names = ["spearman_abs", "spearman_abs_foreground"]
+    rows = sanity.check(awkward, dark, methods=["gradient_x_input"], similarities=names, precision="float64")
+    last = rows[rows.stage_index == 4].groupby("similarity")["value"].mean()
+    # The pixels at the baseline are ties at the bottom in both maps, and lift the whole picture's correlation.
+    assert last["spearman_abs"] > 0.5
+    assert last["spearman_abs_foreground"] < last["spearman_abs"] - 0.2

@@ -128,3 +128,15 @@ def test_selection_keeps_the_networks_order(awkward: nn.Module, pictures: Tensor
     assert [stage.name for stage in select(stages, ["left", "head"])] == ["head", "left"]
     with pytest.raises(ValueError, match="unknown stage 'haed'; did you mean head"):
         select(stages, ["haed"])
+
+
+def test_the_article_preset_randomizes_the_first_convolution_of_each_block() -> None:
+    from sanity.plan import preset
+
+    network = next(m for m in models.MODELS if m.name == "inception_v3").build(2).eval()
+    stages = written_out(network, preset("article")["stages"])
+    order = execution_order(network, torch.zeros(1, 3, 299, 299))
+    assert [stage.name for stage in stages] == ["Logits", *models.INCEPTION_BLOCKS]
+    for stage in stages[1:]:
+        convolutions = [name for name in order if name.startswith(f"{stage.name}.") and name.endswith("conv.weight")]
+        assert stage.parameters == (convolutions[0],)
