@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,20 +37,27 @@ def vision() -> Any:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """PIL RGB -> (3, crop, crop) float32: shorter side to `resize`, centre crop, (x / 255 - mean) / std."""
+    """PIL RGB -> (3, crop, crop) float32: shorter side to `resize`, centre crop, (x / 255 - mean) / std.
+
+    With squash, as the released code does, the whole picture is resized to crop x crop by Lanczos instead.
+    """
 
     resize: int = 256
     crop: int = 224
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     interpolation: str = "bilinear"
+    squash: bool = False
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """Resize, crop, scale. Any size of picture, 1x1 included."""
         transforms = vision().transforms.functional
         mode = transforms.InterpolationMode(self.interpolation)
-        scaled = transforms.resize(picture.convert("RGB"), [self.resize], interpolation=mode)
-        cut = transforms.center_crop(scaled, [self.crop, self.crop])
+        if self.squash:
+            cut = picture.convert("RGB").resize((self.crop, self.crop), Image.Resampling.LANCZOS)
+        else:
+            scaled = transforms.resize(picture.convert("RGB"), [self.resize], interpolation=mode)
+            cut = transforms.center_crop(scaled, [self.crop, self.crop])
         pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1).float() / 255
         return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
@@ -85,6 +92,12 @@ class Classifier:
     weights_sha256: str
     trained: bool = True
     stages: Members = field(default_factory=dict)
+
+    def squashing(self) -> Classifier:
+        """The same classifier on whole pictures, squashed. Raises ValueError if its preprocessing is its own."""
+        if not isinstance(self.preprocess, Preprocessing):
+            raise ValueError(f"--squash: the preprocessing of {self.name} is its own")
+        return replace(self, preprocess=replace(self.preprocess, squash=True))
 
     def class_name(self, index: int) -> str:
         """Name of a class, or `class 7` where the names are not known."""

@@ -43,6 +43,7 @@ class Plan:
         "bundled", "bundled photographs, a folder, a picture, or a folder of IDX files", metavar="WHERE"
     )
     limit: int | None = _option(None, "only the first N images", metavar="N")
+    squash: bool = _option(False, "resize whole pictures to the network's size, as released, instead of cropping")
     skip_bad_images: bool = _option(False, "go on without pictures that cannot be read; the manifest lists them")
     methods: tuple[Any, ...] = _option(
         DEFAULT_METHODS, "explainers by name (--list), name:option=value,..., or package.module:callable"

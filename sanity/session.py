@@ -51,7 +51,7 @@ class Setting:
     verbose: bool
 
 
-WHAT = ("model", "weights", "against", "images", "limit", "skip_bad_images", "target")
+WHAT = ("model", "weights", "against", "images", "limit", "squash", "skip_bad_images", "target")
 RANDOMIZED = ("orders", "stages", "granularity", "reinit", "batchnorm", "redraw", "seeds")
 COMPARED = ("methods", "samples", "mask_steps", "similarities", "precision")
 KEPT = ("save_maps", "strips", "hide_pictures")
@@ -101,6 +101,7 @@ def command(arguments: Sequence[str]) -> int:
     clock = Clock()
     pictures = images.find(plan.images, skip_bad=plan.skip_bad_images, limit=plan.limit)
     classifier = models.load(plan.model, plan.weights)
+    classifier = classifier.squashing() if plan.squash else classifier
     found = prepare(plan, classifier, pictures, setting.device)
     header = manifest(plan, setting, classifier, pictures, found)
     folder = RunFolder(setting.output)

@@ -217,3 +217,14 @@ def test_a_torchvision_of_another_build_is_explained(tmp_path: Path) -> None:
     assert "operator torchvision::nms does not exist" in done.stderr
     assert "pip install --force-reinstall torch torchvision" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_squashing_keeps_the_whole_picture() -> None:
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:, :2] = 255
+    squashed = Preprocessing(20, 20, (0.0,) * 3, (1.0,) * 3, squash=True)(Image.fromarray(pixels))
+    want = np.asarray(Image.fromarray(pixels).resize((20, 20), Image.Resampling.LANCZOS)) / 255
+    np.testing.assert_allclose(squashed.permute(1, 2, 0).numpy(), want, atol=1e-6)
+    assert Preprocessing(20, 20, (0.0,) * 3, (1.0,) * 3)(Image.fromarray(pixels)).max() == 0
+    with pytest.raises(ValueError, match="--squash: the preprocessing of Sequential is its own"):
+        models.of_network(tiny()).squashing()
