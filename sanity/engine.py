@@ -9,29 +9,20 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from sanity.attributions.base import FunctionMethod, GradientMethod, Inputs, Method, Moments, Point, Rule
+from sanity.attributions.base import FunctionMethod, GradientMethod, Inputs, Method, Moments, Point, Rule, explained, logits_of
 from sanity.folding import Folded, foldable
 
 CACHE_BYTES = 2**30
 """Noise and path points of one chunk of images are kept between stages up to this much memory."""
 
 
-def logits_of(network: nn.Module, pixels: Tensor) -> Tensor:
-    """Run a classifier: (N, C, H, W) -> (N, classes). Raises ValueError if it answers anything else."""
-    out = network(pixels)
-    logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(pixels):
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(out).__name__
-        raise ValueError(f"the network must give (N, classes) logits for {len(pixels)} images, not {shape}")
-    return logits
-
-
 def gradients(network: nn.Module, points: Tensor, images: Tensor, targets: Tensor, rule: Rule) -> Tensor:
     """Gradient of each target's logit at each image's point: (N, C, H, W) twice, (N,) -> (N, C, H, W)."""
-    with torch.enable_grad(), rule.context(network, points, images):
+    with torch.enable_grad():
         x = points.detach().requires_grad_()
-        explained = logits_of(network, x).gather(1, targets[:, None]).sum()
-        return torch.autograd.grad(explained, x)[0]
+        with rule.context(network, points, images):
+            logits = explained(network, x, targets)
+        return torch.autograd.grad(logits.sum(), x)[0]
 
 
 class Engine:
@@ -64,6 +55,11 @@ class Engine:
         shared = {(m.rule.name, p) for m in self._combining for p in m.points(m.options)}
         return len(shared) + sum(m.cost for m in self.methods if not isinstance(m, GradientMethod))
 
+    def fresh(self) -> Engine:
+        """An engine for those methods only that draw anew at every occasion."""
+        methods = [method for method in self.methods if method.fresh]
+        return Engine(methods, self.batch_size, self.on_progress, self.fold)
+
     @property
     def _combining(self) -> list[GradientMethod]:
         return [method for method in self.methods if isinstance(method, GradientMethod)]
@@ -78,7 +74,7 @@ class Engine:
         found: dict[str, Tensor] = {}
         folded = self._folded(network, inputs)
         for rule in {method.rule.name: method.rule for method in self._combining}.values():
-            found |= self._combine(folded, inputs, rule)
+            found |= self._combine(network if rule.layered else folded, inputs, rule)
         for method in self.methods:
             if isinstance(method, FunctionMethod):
                 found[method.name] = self._call(method, network, inputs)

@@ -56,6 +56,12 @@ def first_look(engine: Engine, plan: Plan, classifier: Classifier, chunk: Images
     return Seen(inputs, logits, engine.explain(classifier.network, inputs))
 
 
+def second_look(engine: Engine, network: nn.Module, trained: Seen) -> Seen:
+    """Let the methods that draw anew at every occasion draw a second time; all others would repeat themselves."""
+    inputs = replace(trained.inputs, occasion="trained again")
+    return replace(trained, inputs=inputs, maps={**trained.maps, **engine.fresh().explain(network, inputs)})
+
+
 def look_again(engine: Engine, plan: Plan, network: nn.Module, trained: Seen, key: Key) -> Seen:
     """Predict and explain the same batch with the network as it is now."""
     logits = predict(network, trained.inputs.pixels, engine.batch_size)
@@ -90,14 +96,20 @@ def describe(plan: Plan, seen: Seen) -> Descriptions:
 
 def compare(plan: Plan, classifier: Classifier, key: Key, visit: Visit, originals: Descriptions, seen: Seen) -> Step:
     """Score a visit's maps against the trained network's, and note what the network says now."""
-    described = describe(plan, seen) if visit.index else originals
+    described = describe(plan, seen)
     place = (classifier.name, key.order, key.seed, key.stage_index, visit.stage.name)
     targets = seen.inputs.targets.tolist()
-    scores = []
-    for (method, name), description in described.items():
-        values, status = similarity.compare(similarity.get(name), originals[method, name], description)
-        for image, target, value, why in zip(seen.inputs.ids, targets, values.tolist(), status, strict=True):
-            scores.append(Score(*place, method, name, image, target, value, why))
+
+    def scored(others: Descriptions) -> list[Score]:
+        found = []
+        for (method, name), description in others.items():
+            values, status = similarity.compare(similarity.get(name), originals[method, name], description)
+            for image, target, value, why in zip(seen.inputs.ids, targets, values.tolist(), status, strict=True):
+                found.append(Score(*place, method, name, image, target, value, why))
+        return found
+
+    alone = visit.index or len(seen.inputs.ids) < 2
+    unrelated = [] if alone else scored({pair: similarity.rolled(one) for pair, one in originals.items()})
     panels = panels_of(seen, plan.strips - key.chunk * CHUNK) if key.seed == plan.seeds[0] else {}
     raw = {
         f"{key.order}/{key.seed}/{key.stage_index:02d} {visit.stage.name}/{m}": _array(a)
@@ -105,7 +117,7 @@ def compare(plan: Plan, classifier: Classifier, key: Key, visit: Visit, original
         if plan.save_maps
     }
     said = list(predictions(classifier, place, seen))
-    return Step(key, visit.stage.name, scores, said, panels, raw, visit.unchanged)
+    return Step(key, visit.stage.name, scored(described), said, panels, raw, visit.unchanged, unrelated)
 
 
 def predictions(classifier: Classifier, place: tuple[str, str, int, int, str], seen: Seen) -> Iterator[Prediction]:

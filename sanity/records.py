@@ -86,6 +86,12 @@ def read_rows(path: Path) -> pd.DataFrame:
     return frame
 
 
+def read_unrelated(folder: Path) -> pd.DataFrame | None:
+    """Similarities of different images' trained maps, the level `summary.verdicts` judges by, if a run has them."""
+    path = folder / "unrelated.parquet"
+    return read_rows(path) if path.exists() else None
+
+
 def read_header(folder: Path) -> dict[str, Any]:
     """The run's `run.json`. Raises ValueError if the folder holds no run."""
     try:
@@ -120,7 +126,10 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """What one step yields. panels: display maps, int8 (H, W), by (image, method)."""
+    """What one step yields. panels: display maps, int8 (H, W), by (image, method).
+
+    unrelated: at stage 0, how like each image's trained map another image's trained map is.
+    """
 
     key: Key
     stage: str
@@ -129,6 +138,7 @@ class Step:
     panels: Mapping[tuple[str, str], Array] = field(default_factory=dict)
     maps: Mapping[str, Array] = field(default_factory=dict)
     unchanged: tuple[str, ...] = ()
+    unrelated: Sequence[Score] = ()
 
 
 class RunFolder:
@@ -193,8 +203,9 @@ class RunFolder:
         for name, arrays in extra.items():
             if arrays:
                 _atomically(stem.with_suffix(f".{name}.npz"), lambda p, a=arrays: _save_arrays(p, a))
-        predictions = to_table(step.predictions, Prediction)
-        _atomically(stem.with_suffix(".predictions.parquet"), lambda p: pq.write_table(predictions, p))
+        for name, rows, kind in (("unrelated", step.unrelated, Score), ("predictions", step.predictions, Prediction)):
+            table = to_table(rows, kind)
+            _atomically(stem.with_suffix(f".{name}.parquet"), lambda p, t=table: pq.write_table(t, p))
         scores = to_table(step.scores, Score).replace_schema_metadata(
             {"sanity_schema": str(SCHEMA_VERSION), "unchanged": json.dumps(step.unchanged)}
         )
@@ -212,6 +223,9 @@ class RunFolder:
         keys = sorted(self.done())
         scores = self._join("scores", Score, keys, rank)
         self._join("predictions", Prediction, keys, rank)
+        # Orders and seeds start from the same trained maps: one stage 0 a chunk tells all.
+        first = {key.chunk: key for key in reversed(keys) if key.stage_index == 0}
+        self._join("unrelated", Score, list(first.values()), rank)
         self._join_arrays(keys)
         complete = {**header, "status": "complete", "counts": counts(scores), **self._unchanged(keys)}
         write_json(self.path / "run.json", complete)

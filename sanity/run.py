@@ -18,7 +18,7 @@ from sanity.attributions import Explainer, Method
 from sanity.engine import Engine, predict
 from sanity.images import Images
 from sanity.models import Classifier
-from sanity.observation import CHUNK, compare, describe, dtype_of, explained, first_look, load, look_again
+from sanity.observation import CHUNK, compare, describe, dtype_of, explained, first_look, load, look_again, second_look
 from sanity.plan import DEFAULT_METHODS, Members, Plan, read_yaml
 from sanity.randomization import Draws, Other, guarded, randomized, reinitialiser, steps
 from sanity.records import Key, Score, Step, to_table
@@ -49,12 +49,13 @@ def run(
                 continue
             trained = first_look(engine, plan, classifier, chunk, device)
             originals = describe(plan, trained)
+            control = second_look(engine, network, trained)
             for seed, order in product(plan.seeds, plan.orders):
                 with randomized(network, stages, order, seed, sources[order], plan.batchnorm == "reset") as visits:
                     for visit in visits:
                         key = Key(number, seed, order, visit.index)
                         if key not in done:
-                            seen = look_again(engine, plan, network, trained, key) if visit.index else trained
+                            seen = look_again(engine, plan, network, trained, key) if visit.index else control
                             yield compare(plan, classifier, key, visit, originals, seen)
 
 
@@ -139,8 +140,10 @@ def check(
     classifier, pictures = models.of_network(model), image_sets.tensors(images.cpu(), labels=labels)
     found = prepare(plan, classifier, pictures, device)
     walk = run(plan, classifier, pictures, found, batch_size=batch_size, device=device)
-    rows = [score for step in walk for score in step.scores]
-    frame: pd.DataFrame = to_table(rows, Score).to_pandas()
+    taken = list(walk)
+    frame: pd.DataFrame = to_table([score for step in taken for score in step.scores], Score).to_pandas()
+    # Travels with the frame, so that `sanity.verdicts(frame)` knows what maps of different images show.
+    frame.attrs["unrelated"] = [score._asdict() for step in taken for score in step.unrelated]
     return frame
 
 

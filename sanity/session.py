@@ -22,7 +22,7 @@ from sanity.models import MODELS, Classifier
 from sanity.observation import CHUNK
 from sanity.plan import Plan, presets
 from sanity.randomization import ORDERS, REINITIALISERS, steps
-from sanity.records import PROTOCOL_VERSION, Array, Key, RunFolder, Step, read_rows
+from sanity.records import PROTOCOL_VERSION, Array, Key, RunFolder, Step, read_rows, read_unrelated
 from sanity.report.figures import draw
 from sanity.run import keys, prepare, run
 from sanity.stages import Stage
@@ -202,11 +202,13 @@ def walk(
 
 def work(plan: Plan, pictures: Images, found: Sequence[Stage], done: frozenset[Key]) -> int:
     """Network evaluations still to be made."""
-    cost, total = Engine(plan.explainers(), 1).cost, 0
+    engine, total = Engine(plan.explainers(), 1), 0
     for number, start in enumerate(range(0, len(pictures), CHUNK)):
         size = min(CHUNK, len(pictures) - start)
         pending = [key for key in keys(plan, found, number) if key not in done]
-        total += cost * size * (bool(pending) + sum(key.stage_index > 0 for key in pending))
+        if pending:
+            looks = 1 + sum(key.stage_index > 0 for key in pending)
+            total += size * (engine.cost * looks + engine.fresh().cost)
     return total
 
 
@@ -246,7 +248,7 @@ def ranks(plan: Plan, pictures: Images) -> dict[str, Sequence[object]]:
 def publish(folder: RunFolder, header: Mapping[str, Any]) -> None:
     """Summary, verdicts and figures of a finished run, and the paths of all that was written."""
     scores = read_rows(folder.path / "scores.parquet")
-    table, judged = summary.summarize(scores), summary.verdicts(scores)
+    table, judged = summary.summarize(scores), summary.verdicts(scores, read_unrelated(folder.path))
     (folder.path / "summary.csv").write_text(summary.to_csv(table))
     (folder.path / "summary.md").write_text(summary.to_markdown(table))
     judged.to_csv(folder.path / "verdicts.csv", index=False, float_format="%.6f")

@@ -69,6 +69,12 @@ def compare(similarity: Similarity, a: Description, b: Description) -> tuple[Ten
     return values.masked_fill(~ok, math.nan), status
 
 
+def rolled(description: Description) -> Description:
+    """The same maps, each in its neighbour's place: pairs with the original are pairs of different images."""
+    tensors = tuple(tensor.roll(1, 0) for tensor in description.tensors)
+    return Description(tensors, description.status[-1:] + description.status[:-1])
+
+
 def pearson(a: Tensor, b: Tensor) -> Tensor:
     """Linear correlation of paired maps: (N, ...), (N, ...) -> (N,) float64 in [-1, 1].
 

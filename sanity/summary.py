@@ -21,8 +21,9 @@ NEEDED = [*KEY, "seed", "image", "value", "status"]
 RESAMPLES = 2000
 LEVEL = 0.95
 
-RULE_VERSION = 1
-MARGIN = 0.1
+RULE_VERSION = 2
+MARGIN = 0.05
+BLIND = 0.9
 FEWEST_IMAGES = 3
 UNORDERED = frozenset({"independent"})
 VERDICT_COLUMNS = [
@@ -151,39 +152,60 @@ def _counts(size: int, draws: np.random.Generator, resamples: int) -> Floats:
     return np.bincount(picked.ravel(), minlength=resamples * size).reshape(resamples, size).astype(np.float64)
 
 
-def verdicts(rows: pd.DataFrame, margin: float = MARGIN, control: str = "random") -> pd.DataFrame:
+def verdicts(
+    rows: pd.DataFrame, unrelated: pd.DataFrame | None = None, margin: float = MARGIN, control: str = "random"
+) -> pd.DataFrame:
     """Say whether each method's maps depend on the weights: pass, fail or inconclusive, and the reason.
 
-    Rule, version 1. Judged at full randomization: the last stage that the rows hold of an order that
-    accumulates (cascading, bottom_up; an independent order has no such stage and no verdict). The bar is
-    what unrelated maps show: null_high, the upper end of the interval of the `control`'s mean at that stage,
-    plus `margin`. With low and high the interval of the method's mean similarity to the trained map:
+    Rule, version 2, for every order that accumulates (cascading, bottom_up, data; an independent order has
+    no verdict). Two questions, each answered with the interval [low, high] of the method's mean similarity
+    to the trained map:
 
-    - pass: high <= bar; fail: low > bar; inconclusive: the interval straddles the bar.
-    - inconclusive too if fewer than 3 images are scored (method or control), if more maps are unscored than
-      scored, if there is no control, or if the method is uninformative: with untouched weights (stage 0) its
-      map does not rise above the bar either, so it does not depend even on itself at another draw.
+    1. With everything random (the last stage the rows hold): is the map still like the trained one? The bar
+       is what unrelated maps show, plus `margin`: null_high, the upper end of the interval of the similarity
+       between trained maps of different images (`unrelated`, rows as a run's unrelated.parquet), as the same
+       method drew them. Without those rows it is the `control`'s similarity at that stage.
+       Yes: low > bar. No: high <= bar.
+    2. With only the first stage random (the logits, in a cascade): is the map blind to it? Yes: low > 0.9.
+       No: high <= 0.9. This is what fails Guided Backprop in Adebayo et al. 2018: invariance to the higher
+       layers, however little of the map is left at the end.
+
+    fail: yes to either; pass: no to both; else inconclusive. Inconclusive too if fewer than 3 images are
+    scored, if more maps are unscored than scored, if there is no level to judge by, or if the method is
+    uninformative: with untouched weights (stage 0) its map does not rise above the bar either.
 
     Intervals are the wider of the bootstrap's and of Student's t over images, as the bootstrap's alone is
-    too narrow for few images; they can so be wider than a summary's. The margin: the control's maps are
-    rough, whereas methods draw smooth ones, and two unrelated maps of about 100 independent patches
-    correlate with standard deviation 1/sqrt(100) = 0.1 (uniform against uniform noise reaches .08 in HOG,
-    Adebayo 2018). A pass speaks of full randomization only: a method may hold on through many stages before,
-    which the reason then says. Columns: model, order, method, similarity, verdict, reason, score (the mean),
-    low, high, null_high.
+    too narrow for few images; they can so be wider than a summary's. The margin is the shift that the gate
+    calls none. Columns: model, order, method, similarity, verdict, reason, score (the mean at the end), low,
+    high, null_high.
     """
     cells = {key: (scores, unscored) for key, scores, unscored in _groups(rows)}
+    other = pd.DataFrame(rows.attrs.get("unrelated", [])) if unrelated is None else unrelated
+    levels = {key[4:]: (scores, unscored) for key, scores, unscored in _groups(other)} if len(other) else {}
     found = []
     for model, order, stages, method, similarity in _courses(rows):
         course = [(model, order, index, stage, method, similarity) for index, stage in stages]
         last = (model, order, *stages[-1], control, similarity)
-        trained, final, null = (_cautious(cells, key) for key in (course[0], course[-1], last))
+        trained, final = (_cautious(cells, key) for key in (course[0], course[-1]))
+        own = {last: levels[method, similarity]} if (method, similarity) in levels else cells
         known = trained if stages[0][0] == 0 else None
-        verdict, reason = _judge(known, final, null, margin)
-        reason = f"{reason}; judged at {stages[-1][1]}{_held(course, cells)}"
-        numbers = (final.mean, final.low, final.high, null.high)
-        found.append((model, order, method, similarity, verdict, reason, *numbers))
+        first = next(key for key in course if key[2] > 0)
+        verdict, reason = _judge(known, final, _cautious(own, last), margin)
+        verdict, reason = _blind(verdict, f"{reason}; judged at {stages[-1][1]}", _cautious(cells, first), first[3])
+        numbers = (final.mean, final.low, final.high, _cautious(own, last).high)
+        found.append((model, order, method, similarity, verdict, reason + _held(course, cells), *numbers))
     return pd.DataFrame(found, columns=VERDICT_COLUMNS)
+
+
+def _blind(verdict: str, reason: str, first: Estimate, stage: str) -> tuple[str, str]:
+    """Add the second question's answer: whether randomizing the first stage changes the map at all."""
+    if verdict == "fail" or reason.startswith("uninformative") or first.images < FEWEST_IMAGES:
+        return verdict, reason
+    if first.low > BLIND:
+        return "fail", f"blind to {stage}: {first} with it random, above {BLIND:.2f}; {reason}"
+    if first.high > BLIND:
+        return "inconclusive", f"perhaps blind to {stage}: {first} with it random straddles {BLIND:.2f}; {reason}"
+    return verdict, reason
 
 
 def _courses(rows: pd.DataFrame) -> Iterator[tuple[str, str, list[tuple[int, str]], str, str]]:
@@ -223,7 +245,7 @@ def _judge(trained: Estimate | None, final: Estimate, null: Estimate, margin: fl
             f"too few maps scored: {final.n} of {final.n + final.n_nan}, {final.images} images",
         )
     if null.images < FEWEST_IMAGES or null.n_nan > null.n:
-        return "inconclusive", f"no null level: the control scored {null.n} maps, {null.images} images"
+        return "inconclusive", f"no null level: unrelated maps gave {null.n} scores, {null.images} images"
     if trained is not None and not trained.low > bar:
         return "inconclusive", f"uninformative: {trained} even with untouched weights, not above {level}"
     if final.high <= bar:

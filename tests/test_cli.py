@@ -62,7 +62,7 @@ def test_a_run_leaves_table_figures_and_manifest(place: Path, capsys: pytest.Cap
     written = sorted(str(p.relative_to("out")) for p in Path("out").rglob("*") if p.is_file())
     assert [name for name in written if not name.startswith("figures")] == [
         "maps.safetensors", "predictions.parquet", "run.json", "scores.parquet", "strips.npz",
-        "summary.csv", "summary.md", "verdicts.csv",
+        "summary.csv", "summary.md", "unrelated.parquet", "verdicts.csv",
     ]  # fmt: skip
     assert "figures/strip_cascading_photo0.png" in written
     assert "figures/curve_independent_ssim.png" in written

@@ -87,7 +87,7 @@ def test_finished_rows_stand_in_the_plans_order_whatever_order_they_came_in(tmp_
     assert header["unchanged_parameters"] == {"0/cascading/1": ["p"], "0/independent/1": ["p"]}
     assert read_header(folder.path)["status"] == "complete"
     assert sorted(p.name for p in folder.path.iterdir()) == [
-        "maps.safetensors", "predictions.parquet", "run.json", "scores.parquet", "strips.npz"
+        "maps.safetensors", "predictions.parquet", "run.json", "scores.parquet", "strips.npz", "unrelated.parquet"
     ]  # fmt: skip
     assert load_file(folder.path / "maps.safetensors")["cascading/0/1/a"][:, 0, 0, 0].tolist() == [0.0, 1.0]
     with np.load(folder.path / "strips.npz") as strips:

@@ -66,15 +66,28 @@ def test_a_value_is_the_rank_correlation_of_the_two_gradients(awkward: nn.Module
 def test_stage_zero_is_the_trained_network_itself(awkward: nn.Module, pictures: Tensor) -> None:
     rows = check(awkward, pictures, samples=3, mask_steps=2)
     control = rows[(rows.stage_index == 0) & (rows.status == "ok")]
-    np.testing.assert_allclose(control["value"], 1, rtol=0, atol=1e-12)
+    same, random = control[control.method != "random"], control[control.method == "random"]
+    np.testing.assert_allclose(same["value"], 1, rtol=0, atol=1e-12)
+    # A map that is chance alone is not even like itself.
+    assert random["value"].abs().max() < 0.3
     assert set(control["stage"]) == {"trained"}
 
 
+# A mask's map has plateaus, where rounding alone decides ranks: it is compared by what moves as rounding does.
+@pytest.mark.parametrize(
+    ("names", "similarity"),
+    [
+        (["gradient", "smoothgrad", "guided_backprop", "integrated_gradients", "random"], "spearman_abs"),
+        (["gradient", "meaningful_perturbation", "edges"], "ssim"),
+    ],
+)
 @pytest.mark.parametrize("size", [1, 2, 64])
-def test_scores_do_not_depend_on_batch_size(awkward: nn.Module, pictures: Tensor, size: int) -> None:
-    names = ["gradient", "smoothgrad", "guided_backprop", "integrated_gradients", "meaningful_perturbation", "random"]
-    whole = check(awkward, pictures, methods=names, samples=3, mask_steps=3)
-    again = check(awkward, pictures, methods=names, samples=3, mask_steps=3, batch_size=size)
+def test_scores_do_not_depend_on_batch_size(
+    awkward: nn.Module, pictures: Tensor, size: int, names: list[str], similarity: str
+) -> None:
+    choices = {"methods": names, "similarities": [similarity], "samples": 3, "mask_steps": 3, "precision": "float64"}
+    whole = sanity.check(awkward, pictures, **choices)
+    again = sanity.check(awkward, pictures, **choices, batch_size=size)
     np.testing.assert_allclose(again["value"], whole["value"], rtol=0, atol=1e-9)
 
 
@@ -179,6 +192,46 @@ def test_predictions_tell_what_the_network_says(awkward: nn.Module, pictures: Te
         assert said.top1 == said.target == int(row.argmax())
         assert said.top1_probability == pytest.approx(float(row.max()), abs=1e-15)
         assert said.finite
+
+
+def rolled_by_hand(network: nn.Module, pictures: Tensor) -> list[float]:
+    x = pictures.clone().requires_grad_()
+    network(x).max(1).values.sum().backward()
+    maps = x.grad.sum(1).numpy()
+    return [spearmanr(maps[n].ravel(), maps[n - 1].ravel()).statistic for n in range(len(maps))]
+
+
+def test_what_maps_of_different_pictures_show_travels_with_the_rows(awkward: nn.Module, pictures: Tensor) -> None:
+    rows = check(awkward, pictures, methods=["gradient"], orders=["cascading", "independent"])
+    unrelated = pd.DataFrame(rows.attrs["unrelated"])
+    found = unrelated[(unrelated.similarity == "spearman") & (unrelated.order == "cascading")]
+    np.testing.assert_allclose(found["value"], rolled_by_hand(awkward, pictures), rtol=0, atol=1e-12)
+    judged = sanity.verdicts(rows)
+    assert judged["null_high"].notna().all()
+
+
+def test_planted_explainers_get_the_verdicts_they_deserve() -> None:
+    """A picture's edges fail, chance is uninformative, the gradient of a small net passes."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(24, 3, 32, 32, generator=generator, dtype=torch.float64) * 2 - 1
+    network = seeded(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 28 * 28, 5)
+        )
+    )
+
+    def chance(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        return torch.randn_like(images)
+
+    rows = sanity.check(
+        network, images, methods=["gradient", "edges", chance], similarities=["spearman"], seeds=[0, 1], precision="float64"
+    )
+    judged = sanity.verdicts(rows).set_index("method")
+    name = next(method for method in judged.index if method.endswith("chance"))
+    assert judged.loc["gradient", "verdict"] == "pass"
+    assert judged.loc["edges", "verdict"] == "fail"
+    assert judged.loc[name, "verdict"] == "inconclusive"
+    assert "uninformative" in judged.loc[name, "reason"]
 
 
 def test_data_randomization_puts_the_other_network_in_its_place(pictures: Tensor, tmp_path: object) -> None:

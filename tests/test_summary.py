@@ -170,9 +170,9 @@ def test_groups_do_not_depend_on_one_another_nor_on_the_order_of_rows():
     )
 
 
-def at_the_end(gradient, *, random=(0.0, 0.01, -0.01, 0.0), trained=(1.0,) * 4):
+def at_the_end(gradient, *, random=(0.0, 0.01, -0.01, 0.0), trained=(1.0,) * 4, first=(0.6,) * 4):
     rows = course("gradient", trained, stage=0) + course("random", random, stage=0)
-    rows += course("gradient", [0.9] * 4, stage=1) + course("random", random, stage=1)
+    rows += course("gradient", first, stage=1) + course("random", random, stage=1)
     rows += course("gradient", gradient, stage=2) + course("random", random, stage=2)
     return pd.DataFrame(rows)
 
@@ -188,10 +188,10 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("gradient", "control", "trained", "verdict", "reason"),
     [
-        ([0.0, 0.02, -0.02, 0.0], [0.0, 0.01, -0.01, 0.0], [1.0] * 4, "pass", "at or below 0.11"),
+        ([0.0, 0.02, -0.02, 0.0], [0.0, 0.01, -0.01, 0.0], [1.0] * 4, "pass", "at or below 0.06"),
         ([-0.9, -0.8, -0.9, -0.8], [0.0, 0.01, -0.01, 0.0], [1.0] * 4, "pass", "at or below"),
-        ([0.6, 0.62, 0.58, 0.6], [0.0, 0.01, -0.01, 0.0], [1.0] * 4, "fail", "above 0.11"),
-        ([0.6, 0.62, 0.58, 0.6], [0.6, 0.62, 0.58, 0.6], [1.0] * 4, "pass", "at or below 0.73"),
+        ([0.6, 0.62, 0.58, 0.6], [0.0, 0.01, -0.01, 0.0], [1.0] * 4, "fail", "above 0.06"),
+        ([0.6, 0.62, 0.58, 0.6], [0.6, 0.62, 0.58, 0.6], [1.0] * 4, "pass", "at or below 0.68"),
         ([-0.3, 0.4, -0.2, 0.3], [0.0, 0.01, -0.01, 0.0], [1.0] * 4, "inconclusive", "straddles"),
         ([0.0, 0.5, -0.3, 0.4], [0.0, 0.01, -0.01, 0.0], [1.0] * 4, "inconclusive", "straddles"),
         ([0.6, 0.62], [0.0, 0.01, -0.01, 0.0], [1.0] * 4, "inconclusive", "too few maps scored: 2 of 2"),
@@ -228,6 +228,25 @@ def test_verdict_numbers_by_hand():
 def test_the_margin_moves_the_bar():
     rows = at_the_end([0.3, 0.31, 0.29, 0.3])
     assert [verdict_of(rows, margin=m)["verdict"] for m in (0.0, 0.1, 0.5)] == ["fail", "fail", "pass"]
+
+
+def test_a_map_blind_to_the_logits_fails_however_little_is_left_at_the_end():
+    found = verdict_of(at_the_end([0.0] * 4, first=(0.99, 0.98, 1.0, 0.99)))
+    assert found["verdict"] == "fail"
+    assert found["reason"].startswith("blind to layer1: 0.99 [")
+    maybe = verdict_of(at_the_end([0.0] * 4, first=(0.99, 0.7, 1.0, 0.8)))
+    assert maybe["verdict"] == "inconclusive"
+    assert maybe["reason"].startswith("perhaps blind to layer1")
+
+
+def test_maps_of_other_images_are_the_level_where_they_are_known():
+    rows = at_the_end([0.3, 0.31, 0.29, 0.3])
+    other = pd.DataFrame(course("gradient", [0.3, 0.32, 0.31, 0.3], stage=0))
+    assert verdict_of(rows)["verdict"] == "fail"
+    assert verdict_of(rows, unrelated=other)["verdict"] == "pass"
+    assert verdict_of(rows, unrelated=other[other["method"] == "none"])["verdict"] == "fail"
+    rows.attrs["unrelated"] = other.to_dict("records")
+    assert verdict_of(rows)["verdict"] == "pass"
 
 
 def test_a_pass_says_how_long_the_method_held_on():

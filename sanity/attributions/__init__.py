@@ -10,10 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from sanity.attributions.base import FunctionMethod, GradientMethod, Inputs, Method, Option
+from sanity.attributions.cam import GRADCAM, GUIDED_GRADCAM
 from sanity.attributions.controls import CONTROLS, EDGES, RANDOM
-from sanity.attributions.gradients import GRADIENT, GRADIENT_X_INPUT, INTEGRATED_GRADIENTS, SMOOTHGRAD
+from sanity.attributions.decomposition import DEEPLIFT, LRP_EPSILON
+from sanity.attributions.gradients import (
+    GRADIENT,
+    GRADIENT_SHAP,
+    GRADIENT_X_INPUT,
+    INTEGRATED_GRADIENTS,
+    INTEGRATED_GRADIENTS_NO_MULTIPLIER,
+    INTEGRATED_GRADIENTS_SMOOTHGRAD,
+    SMOOTHGRAD,
+    SMOOTHGRAD_SQUARED,
+    VARGRAD,
+)
+from sanity.attributions.occlusion import OCCLUSION, RISE
 from sanity.attributions.perturbation import MEANINGFUL_PERTURBATION
-from sanity.attributions.rectifiers import GUIDED_BACKPROP
+from sanity.attributions.rectifiers import DECONVNET, GUIDED_BACKPROP, frozen
 from sanity.registry import load_object, suggest
 from sanity.streams import stream
 
@@ -26,9 +39,21 @@ Explainer = Callable[[nn.Module, Tensor, Tensor], Tensor]
 METHODS: tuple[Method, ...] = (
     GRADIENT,
     SMOOTHGRAD,
+    SMOOTHGRAD_SQUARED,
+    VARGRAD,
     GRADIENT_X_INPUT,
     GUIDED_BACKPROP,
+    DECONVNET,
+    GRADCAM,
+    GUIDED_GRADCAM,
     INTEGRATED_GRADIENTS,
+    INTEGRATED_GRADIENTS_NO_MULTIPLIER,
+    INTEGRATED_GRADIENTS_SMOOTHGRAD,
+    GRADIENT_SHAP,
+    LRP_EPSILON,
+    DEEPLIFT,
+    OCCLUSION,
+    RISE,
     MEANINGFUL_PERTURBATION,
     EDGES,
     RANDOM,
@@ -39,7 +64,8 @@ def outside(name: str, explainer: Explainer) -> FunctionMethod:
     """Make a callable `(model, images, targets) -> (N, C or 1, H, W)` a method.
 
     If it draws from torch's global generator, it is called image by image under a seed of the image's own,
-    so that its maps do not depend on batch-mates; the caller's generator is left as it was.
+    so that its maps do not depend on batch-mates, and anew at every stage, so that a map that is chance alone
+    does not pass for one that survives; the caller's generator is left as it was.
     """
 
     def call(network: nn.Module, inputs: Inputs) -> Tensor:
@@ -52,13 +78,12 @@ def outside(name: str, explainer: Explainer) -> FunctionMethod:
             return torch.cat([alone(network, inputs, n) for n in range(len(inputs.ids))])
 
     def alone(network: nn.Module, inputs: Inputs, n: int) -> Tensor:
-        torch.manual_seed(stream(inputs.seed, inputs.ids[n], name).initial_seed())
+        torch.manual_seed(stream(inputs.seed, inputs.ids[n], name, inputs.occasion).initial_seed())
         return explainer(network, inputs.pixels[n : n + 1], inputs.targets[n : n + 1])
 
     source = inspect.getmodule(explainer)
-    return FunctionMethod(
-        name, f"from {source.__name__ if source else 'outside'}", call=call, evaluations=lambda options: 1
-    )
+    origin = f"from {source.__name__ if source else 'outside'}"
+    return FunctionMethod(name, origin, fresh=True, call=call, evaluations=lambda options: 1)
 
 
 def registered() -> dict[str, Method]:
@@ -82,17 +107,25 @@ def _as_method(name: str, found: object) -> Method:
 def find(spec: str | Method | Explainer) -> Method:
     """`name`, `name:option=value,...`, `package.module:callable`, a Method or a callable -> the method.
 
-    Raises ValueError with the nearest names for an unknown one, and for an option the method lacks.
+    `frozen:name` and `frozen:name:option=value,...` are the method with activations frozen. Raises
+    ValueError with the nearest names for an unknown one, and for an option the method lacks.
     """
     if not isinstance(spec, str):
         return _as_method(str(getattr(spec, "name", getattr(spec, "__qualname__", type(spec).__name__))), spec)
     name, _, rest = spec.partition(":")
+    if name == "frozen" and rest:
+        name, _, rest = rest.partition(":")
+        return _with(frozen(find(name)), rest)
     methods = registered()
     if name in methods:
-        return methods[name].with_options(**_options(methods[name], rest)) if rest else methods[name]
+        return _with(methods[name], rest)
     if "." in name and rest:
         return _as_method(spec, load_object(spec))
     raise ValueError(suggest("method", spec, methods))
+
+
+def _with(method: Method, text: str) -> Method:
+    return method.with_options(**_options(method, text)) if text else method
 
 
 def _options(method: Method, text: str) -> dict[str, Option]:

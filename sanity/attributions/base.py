@@ -46,7 +46,8 @@ class Method:
 
     name; source, the paper; deterministic: draws nothing at random; options: its numbers by name, to be
     overridden with `with_options`; unsuited(network, example (1, C, H, W), options): why the method would
-    not be itself on this network, or "".
+    not be itself on this network, or ""; fresh: draws anew at every occasion, so that what a stage shows of it
+    must be measured against a second draw with the trained network.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Method:
     deterministic: bool = True
     options: Mapping[str, Option] = field(default_factory=dict)
     unsuited: Callable[[nn.Module, Tensor, Mapping[str, Option]], str] = lambda network, example, options: ""
+    fresh: bool = False
 
     @property
     def cost(self) -> int:
@@ -76,14 +78,16 @@ class Rule:
     """How the backward pass is taken.
 
     context(network, points, images), both (N, C, H, W), gives the context in which the network is then run
-    once at `points`, forward and backward; images are the pictures that the points belong to. name tells
-    rules apart: methods whose rules have one name share evaluations. finite: the rule looks at differences
-    of a rectifier's outputs, not at its derivative.
+    forward once, at `points`; images are the pictures that the points belong to. name tells rules apart:
+    methods whose rules have one name share evaluations. finite: the rule looks at differences of a
+    rectifier's outputs, not at its derivative. layered: it looks at every linear layer, so that none may
+    be folded into another.
     """
 
     name: str
     context: Context = lambda network, points, images: nullcontext()
     finite: bool = False
+    layered: bool = False
 
 
 PLAIN = Rule("plain")
@@ -111,6 +115,11 @@ class GradientMethod(Method):
     weigh: Callable[[Point, Tensor, str, int], Tensor] | None = None
     under: Callable[[Mapping[str, Option]], Rule] = lambda options: PLAIN
 
+    def __post_init__(self) -> None:
+        # Numbers that make no sense are refused where they are given, not in the middle of a run.
+        self.points(self.options)
+        self.under(self.options)
+
     @property
     def rule(self) -> Rule:
         """How the backward pass is taken, with these options."""
@@ -128,6 +137,9 @@ class FunctionMethod(Method):
 
     call: Callable[..., Tensor] = field(kw_only=True)
     evaluations: Callable[[Mapping[str, Option]], int] = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.evaluations(self.options)
 
     def __call__(self, network: nn.Module, inputs: Inputs) -> Tensor:
         """Attributions of one batch, (N, C or 1, H, W)."""

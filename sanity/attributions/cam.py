@@ -99,7 +99,8 @@ def guided_gradcam(network: nn.Module, inputs: Inputs, layer: str = "") -> Tenso
     """Guided backpropagation times GradCAM, pixel by pixel: (N, C, H, W)."""
     pixels = inputs.pixels.detach().requires_grad_()
     with torch.enable_grad(), GUIDED.context(network, inputs.pixels, inputs.pixels):
-        (guided,) = torch.autograd.grad(explained(network, pixels, inputs.targets).sum(), pixels)
+        logits = explained(network, pixels, inputs.targets)
+    (guided,) = torch.autograd.grad(logits.sum(), pixels)
     return guided * gradcam(network, inputs, layer)
 
 

@@ -37,7 +37,7 @@ EDGES = FunctionMethod(
     "edges", "Sobel; control of Adebayo et al. 2018", call=sobel_magnitude, evaluations=lambda options: 0
 )
 RANDOM = FunctionMethod(
-    "random", "control of Binder et al. 2023", deterministic=False, call=random_map,
+    "random", "control of Binder et al. 2023", deterministic=False, fresh=True, call=random_map,
     evaluations=lambda options: 0,
 )  # fmt: skip
 CONTROLS = (EDGES.name, RANDOM.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,29 +44,23 @@ def occlusion(network: nn.Module, inputs: Inputs, positions: int, window: float)
     return (fall / covers)[:, None].to(pixels)
 
 
-def random_masks(size: tuple[int, int], image_id: str, seed: int, cells: int, probability: float) -> Mask:
-    """Draw an image's masks, one after another: each (H, W) in [0, 1]. [Petsiuk et al. 2018, section 3.2]
+class RandomMasks:
+    """An image's stream of masks, each (H, W) float32 in [0, 1]. [Petsiuk et al. 2018, section 3.2]
 
     A coarse grid of cells x cells, each 1 with the given probability, is enlarged bilinearly to one cell
     more than the picture, and a window of the picture's size is cut out of it at random.
     """
-    return Mask(size, stream(seed, image_id, "rise"), cells, probability)
 
-
-class Mask:
-    """An image's stream of masks; see `random_masks`."""
-
-    def __init__(self, size: tuple[int, int], generator: torch.Generator, cells: int, probability: float) -> None:
-        self.size, self.generator, self.cells, self.probability = size, generator, cells, probability
+    def __init__(self, size: Sequence[int], cells: int, probability: float, generator: torch.Generator) -> None:
+        self.size, self.cells, self.probability, self.generator = size, cells, probability, generator
 
     def draw(self) -> Tensor:
-        """Return the next mask, (H, W) float32 in [0, 1]."""
+        """Return the next mask."""
         cell = [-(-side // self.cells) for side in self.size]
-        grid = (torch.rand(self.cells, self.cells, generator=self.generator) < self.probability).float()
-        large = [(self.cells + 1) * c for c in cell]
-        mask = F.interpolate(grid[None, None], large, mode="bilinear", align_corners=False)[0, 0]
+        grid = (torch.rand(1, 1, self.cells, self.cells, generator=self.generator) < self.probability).float()
+        large = F.interpolate(grid, [(self.cells + 1) * c for c in cell], mode="bilinear", align_corners=False)
         down, right = (int(torch.randint(c, (), generator=self.generator)) for c in cell)
-        return mask[down : down + self.size[0], right : right + self.size[1]]
+        return large[0, 0, down : down + self.size[0], right : right + self.size[1]]
 
 
 @torch.no_grad()
@@ -76,7 +70,7 @@ def rise(network: nn.Module, inputs: Inputs, masks: int, cells: int, probability
     Divided by the masks' expected value. [Petsiuk et al. 2018, eq. 6]
     """
     size = inputs.pixels.shape[2:]
-    streams = [random_masks((size[0], size[1]), i, inputs.seed, cells, probability) for i in inputs.ids]
+    streams = [RandomMasks(size, cells, probability, stream(inputs.seed, i, "rise")) for i in inputs.ids]
     total = torch.zeros(len(inputs.ids), *size, dtype=torch.float64, device=inputs.pixels.device)
     targets = inputs.targets.to(inputs.pixels.device)[:, None]
     for _ in range(masks):
@@ -98,7 +92,9 @@ def _squares(options: Mapping[str, Option]) -> int:
 
 
 def _masks(options: Mapping[str, Option]) -> int:
-    _at_least({"masks": 1, "cells": 1, "probability": 1e-3}, options)
+    _at_least({"masks": 1, "cells": 1}, options)
+    if not 0 < float(options["probability"]) <= 1:
+        raise ValueError(f"probability must lie in (0, 1], not {options['probability']}")
     return int(options["masks"])
 
 

@@ -161,20 +161,21 @@ DECONVNET = GradientMethod(
 def threshold(outputs: Tensor, p: float) -> Tensor:
     """Percentile p of each image's positive outputs: (N, ...) -> (N, 1, ...).
 
-    Those strictly below it are the ceil((n - 1) p / 100) smallest of the n, as with numpy.percentile; it
-    lies half-way to the next one, where rounding decides nothing. -inf where none is below: for p = 0,
-    and for fewer than two positive outputs. Equal outputs fall on one side together.
+    As numpy.percentile has it, but never quite at an output, where rounding would decide which side that is
+    on. -inf where no output lies below it: for p = 0, and for fewer than two positive outputs.
     """
     return torch.stack([_threshold(one, p) for one in outputs]).view(-1, *[1] * (outputs.ndim - 1))
 
 
 def _threshold(outputs: Tensor, p: float) -> Tensor:
     positive = outputs[outputs > 0]
-    below = math.ceil((len(positive) - 1) * p / 100) if len(positive) else 0
+    place = max(len(positive) - 1, 0) * p / 100
+    below = math.ceil(place)
     if not below:
         return outputs.new_tensor(-math.inf)
     largest = positive.topk(len(positive) - below + 1, sorted=False).values
-    return largest.topk(2, largest=False).values.mean()
+    lower, upper = largest.topk(2, largest=False).values.sort().values
+    return torch.lerp(lower, upper, min(place - below + 1, 0.999))
 
 
 class Freezing(Rectifying):
@@ -200,6 +201,8 @@ class Freezing(Rectifying):
 
         with torch.no_grad(), Rectifying(keep):
             network(images[first])
+        if not self.layers:
+            raise ValueError("the network runs no rectifier that could be frozen")
 
     def freeze(self, z: Tensor, rectify: Callable[[Tensor], Tensor]) -> Tensor:
         """What a rectifier gives: its output where that is live, the constant elsewhere."""
@@ -230,8 +233,13 @@ def _frozen(rule: Rule, p: float, mask: str) -> Rule:
             if not rule.finite:
                 stack.enter_context(freezing)
             yield
+        if freezing.count % len(freezing.layers):
+            raise ValueError(
+                f"{len(freezing.layers)} rectifiers at the image, {freezing.count} elsewhere: a network whose "
+                "path depends on its input cannot be frozen"
+            )
 
-    return Rule(f"{rule.name}, frozen p={p} mask={mask}", context, rule.finite)
+    return Rule(f"{rule.name}, frozen p={p} mask={mask}", context, rule.finite, rule.layered)
 
 
 def frozen(method: Method) -> GradientMethod:
@@ -239,7 +247,9 @@ def frozen(method: Method) -> GradientMethod:
 
     Its options are the method's and p, the percentile (80); mask, "point" or "image": see `Freezing`. At
     the image itself both are the same, the network's output is unchanged, and p = 0 freezes nothing.
-    Raises ValueError for a method of another kind.
+    Where slopes are taken between image and baseline (DeepLIFT) the mask is the image's unless said
+    otherwise: by the point's, a baseline below all thresholds has the image's own outputs, and nothing is
+    left to explain. Raises ValueError for a method of another kind.
     """
     if not isinstance(method, GradientMethod):
         raise ValueError(f"frozen:{method.name}: only methods that combine gradients can be frozen")
@@ -253,7 +263,7 @@ def frozen(method: Method) -> GradientMethod:
         method,
         name=f"frozen:{method.name}",
         source=f"activation freezing, Hara; {method.source}",
-        options={**method.options, "p": 80.0, "mask": "point"},
+        options={**method.options, "p": 80.0, "mask": "image" if method.rule.finite else "point"},
         under=lambda options: _frozen(method.under(options), float(options["p"]), str(options["mask"])),
         unsuited=unsuited,
     )
