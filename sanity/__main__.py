@@ -9,6 +9,11 @@ from sanity.registry import suggest
 
 VERBS = {
     "run": "randomize a network, explain again, compare",
+    "report": "pages, tables and figures from stored runs",
+    "gate": "is it still the same explainer? for continuous integration",
+    "explain": "one image, one method",
+    "deletion": "what deleting the explained regions does to the class",
+    "train": "the small classifiers of the published experiments",
 }
 
 

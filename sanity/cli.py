@@ -16,7 +16,8 @@ class HelpFormatter(DefaultHelpFormatter):
     """Help as it was written: paragraphs keep their lines, and a default stands where it tells something."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **{**more, "max_help_position": 28, "width": 110})
+        more |= {"max_help_position": 28, "width": 110}
+        super().__init__(*arguments, **more)  # type: ignore[no-untyped-call]
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n".join(indent + line for line in text.splitlines())

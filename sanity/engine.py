@@ -9,7 +9,17 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from sanity.attributions.base import FunctionMethod, GradientMethod, Inputs, Method, Moments, Point, Rule, explained, logits_of
+from sanity.attributions.base import (
+    FunctionMethod,
+    GradientMethod,
+    Inputs,
+    Method,
+    Moments,
+    Point,
+    Rule,
+    explained,
+    logits_of,
+)
 from sanity.folding import Folded, foldable
 
 CACHE_BYTES = 2**30
@@ -77,7 +87,7 @@ class Engine:
             found |= self._combine(network if rule.layered else folded, inputs, rule)
         for method in self.methods:
             if isinstance(method, FunctionMethod):
-                found[method.name] = self._call(method, network, inputs)
+                found[method.name] = self._call(method, folded if method.folds else network, inputs)
         return {method.name: found[method.name] for method in self.methods}
 
     def _folded(self, network: nn.Module, inputs: Inputs) -> nn.Module:

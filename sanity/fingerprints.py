@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -106,7 +106,7 @@ def _grid(x: Tensor) -> list[float]:
     return values
 
 
-def write(path: Path, found: Iterable[Fingerprint]) -> None:
+def write(path: Path, found: Iterable[tuple[Any, ...]]) -> None:
     """Write fingerprints, in the order given."""
     columns: Sequence[Sequence[object]] = list(zip(*found, strict=True))
     pq.write_table(pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], SCHEMA), path)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sanity import networks
 from sanity.registry import first_line, load_object, suggest
 
 StateDict = Mapping[str, Tensor]
@@ -70,10 +71,11 @@ class Architecture:
     source: str
     build: Callable[[int], nn.Module]
     head: str
-    preprocessing: Preprocessing
+    preprocessing: Callable[[Image.Image], Tensor]
     pretrained: Callable[[], tuple[StateDict, Path, str]]
     stages: Members = field(default_factory=dict)
     drops: tuple[str, ...] = ()
+    classes: int = 1000
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,21 @@ MODELS: tuple[Architecture, ...] = (
 )
 
 
+MODELS += tuple(
+    Architecture(
+        f"mnist_{kind}",
+        "Adebayo et al. 2018, trained by python -m sanity.train",
+        networks.NETWORKS[kind],
+        next(iter(stages)),
+        networks.Greyscale(),
+        networks.untrained(kind),
+        stages,
+        classes=10,
+    )
+    for kind, stages in (("cnn", networks.CNN_STAGES), ("mlp", networks.MLP_STAGES))
+)
+
+
 def _other(name: str) -> Architecture:
     """Any other classifier of torchvision by name; its stages are derived from execution."""
     known = vision().models.list_models(module=vision().models)
@@ -336,8 +353,9 @@ def load(name: str, weights: str = "pretrained") -> Classifier:
     if weights == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            network = architecture.build(1000)
-        return _classifier(architecture, network, "untrained: random weights", digest(network), False)
+            network = architecture.build(architecture.classes)
+        origin = "untrained: random weights"
+        return _classifier(architecture, network, origin, digest(network), False, architecture.classes)
     if weights == "pretrained":
         state, path, origin = architecture.pretrained()
     else:

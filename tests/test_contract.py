@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import sanity
 from sanity import attributions
-from sanity.attributions import METHODS, Inputs, Method
+from sanity.attributions import METHODS, GradientMethod, Inputs, Method
 from sanity.engine import Engine, part_of
 from sanity.run import refuse_unsuited
 from tests.conftest import seeded
 
 SMALL = {"samples": 4, "steps": 3, "noisy_inputs": 2, "masks": 5, "positions": 3}
-NAMES = [method.name for method in METHODS]
+FROZEN = [f"frozen:{method.name}" for method in METHODS if isinstance(method, GradientMethod)]
+NAMES = [method.name for method in METHODS] + FROZEN
 
 
 def small(name: str) -> Method:
@@ -37,7 +39,7 @@ class Smooth(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 17 * 15, 6), nn.GELU(), nn.Linear(6, 4))
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 17 * 15, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
@@ -109,17 +111,57 @@ def test_a_run_on_the_network_is_not_refused(awkward: nn.Module, pictures: Tenso
     refuse_unsuited([small(name)], awkward, pictures[:1])
 
 
-@pytest.mark.parametrize("name", ["guided_backprop"])
-def test_a_method_that_would_not_be_itself_is_refused(pictures: Tensor, name: str) -> None:
-    with pytest.raises(ValueError, match=f"method '{name}' does not suit this network: it runs no rectifier"):
-        refuse_unsuited([small("gradient"), small(name)], seeded(Smooth), pictures[:1])
+UNSUITED = {
+    **dict.fromkeys(["guided_backprop", "deconvnet", "guided_gradcam", *FROZEN], "it runs no rectifier"),
+    "gradcam": "it runs no convolution",
+    "lrp_epsilon": "layer 'body.2' runs layer_norm, for which there is no rule",
+    "deeplift": "layer 'body.2' runs layer_norm, for which there is no rule",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_that_would_not_be_itself_is_refused_before_the_run(pictures: Tensor, name: str) -> None:
+    """A network without rectifiers, convolutions or rules: every method says no, or explains it."""
+    network = seeded(Smooth)
+    if name in UNSUITED:
+        with pytest.raises(ValueError, match=f"method '{name}' does not suit this network: {UNSUITED[name]}"):
+            refuse_unsuited([small("gradient"), small(name)], network, pictures[:1])
+    else:
+        refuse_unsuited([small(name)], network, pictures[:1])
+        assert explain(network, inputs_of(pictures), name).isfinite().all()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+def test_a_run_of_all_leaves_the_network_as_it_was(awkward: nn.Module, pictures: Tensor) -> None:
+    """From the door: every method, through a randomized stage, on a network in training mode."""
+    awkward.train()
+    before = snapshot(awkward)
+    rows = sanity.check(
+        awkward, pictures, methods=[small(name) for name in NAMES], stages=["head"],
+        similarities=["spearman"], precision="float64",
+    )  # fmt: skip
+    after = snapshot(awkward)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert set(rows["method"]) == set(NAMES)
+    changed = rows[(rows["stage_index"] == 1) & (rows["status"] == "ok")].groupby("method")["value"].min()
+    same = changed[changed > 1 - 1e-9].index
+    assert set(same) <= {"edges"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_network_is_evaluated_as_often_as_the_cost_says(awkward: nn.Module, pictures: Tensor, name: str) -> None:
-    seen: list[int] = []
-    handle = awkward.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+    """Forward and backward; forward alone a network also runs at baselines, at what freezes and to see what folds."""
+    method, seen = small(name), {True: 0, False: 0}
+
+    def count(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        seen[arguments[0].requires_grad] += len(arguments[0])
+
+    handle = awkward.register_forward_pre_hook(count)
     explain(awkward, inputs_of(pictures), name)
     handle.remove()
-    looked = 1  # image, run once to see which BatchNorms fold
-    assert sum(seen) == 3 * small(name).cost + looked
+    if isinstance(method, GradientMethod):
+        assert seen[True] == 3 * method.cost
+        assert seen[False] <= 1 + 3 * method.cost * (name.startswith("frozen:") + ("deeplift" in name))
+    else:
+        assert sum(seen.values()) == 3 * method.cost + 1

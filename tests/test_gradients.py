@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import captum.attr
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -112,3 +113,85 @@ def test_integrated_gradients_approach_completeness(awkward: nn.Module, pictures
 def test_one_step_is_taken_at_the_image(awkward: nn.Module, pictures: Tensor) -> None:
     found = explain(awkward, inputs_of(pictures), "integrated_gradients:samples=1")
     assert_close(found, slope(awkward, pictures) * pictures, rtol=1e-12, atol=1e-14)
+
+
+def noisy_slopes(network: nn.Module, pixels: Tensor, count: int) -> Tensor:
+    return torch.stack([slope(network, pixels + noise(pixels, i)) for i in range(count)])
+
+
+def test_smoothgrad_squared_is_the_mean_of_squares(awkward: nn.Module, pictures: Tensor) -> None:
+    want = noisy_slopes(awkward, pictures, 6).square().mean(0)
+    assert_close(explain(awkward, inputs_of(pictures), "smoothgrad_squared:samples=6"), want, rtol=1e-11, atol=1e-13)
+
+
+def test_vargrad_is_the_variance_over_twenty_five_noises(awkward: nn.Module, pictures: Tensor) -> None:
+    want = noisy_slopes(awkward, pictures, 25).var(0, correction=0)
+    found = explain(awkward, inputs_of(pictures), "vargrad", batch_size=32)
+    assert_close(found, want, rtol=1e-9, atol=1e-13)
+    assert (found >= 0).all()
+    assert not explain(awkward, inputs_of(pictures), "vargrad:samples=1").any()
+
+
+def test_integrated_gradients_without_multiplier_times_input_are_integrated_gradients(
+    awkward: nn.Module, pictures: Tensor
+) -> None:
+    found = explain(awkward, inputs_of(pictures), "integrated_gradients_no_multiplier:samples=5")
+    whole = explain(awkward, inputs_of(pictures), "integrated_gradients:samples=5")
+    assert_close(found * pictures, whole, rtol=1e-12, atol=1e-14)
+
+
+def test_integrated_gradients_smoothgrad_average_over_noisy_inputs(awkward: nn.Module, pictures: Tensor) -> None:
+    """Integrated gradients of each noisy input, whose own length multiplies them, then the mean."""
+    want = torch.zeros_like(pictures)
+    for i in range(3):
+        noisy = pictures + noise(pictures, i)
+        steps = torch.linspace(0, 1, 4, dtype=torch.float64)
+        want += noisy * sum(slope(awkward, noisy * step) for step in steps) / 4 / 3
+    spec = "integrated_gradients_smoothgrad:samples=4,noisy_inputs=3"
+    assert_close(explain(awkward, inputs_of(pictures), spec), want, rtol=1e-11, atol=1e-13)
+    assert attributions.find("integrated_gradients_smoothgrad").cost == 25 * 50
+
+
+def test_gradient_shap_weighs_each_point_by_its_own_way(awkward: nn.Module, pictures: Tensor) -> None:
+    found = explain(awkward, inputs_of(pictures), "gradient_shap:samples=3,sigma=0.15,baseline_sigma=0.3")
+    want = torch.zeros_like(pictures)
+    spread = (pictures.flatten(1).amax(1) - pictures.flatten(1).amin(1))[:, None, None, None]
+    for i in range(3):
+        drawn = [torch.randn(3, 17, 15, generator=stream(5, name, "baseline", i)) for name in "abc"]
+        baseline = 0.3 * spread * torch.stack(drawn).double()
+        fraction = torch.stack([torch.rand((), generator=stream(5, name, "fraction", i)) for name in "abc"]).double()
+        way = pictures + noise(pictures, i) - baseline
+        want += slope(awkward, baseline + fraction[:, None, None, None] * way) * way / 3
+    assert_close(found, want, rtol=1e-11, atol=1e-13)
+
+
+def test_gradient_shap_is_complete_in_expectation(pictures: Tensor) -> None:
+    """Its sum estimates f(x) minus the mean of f over baselines: within four standard errors of 400 samples."""
+    network, inputs = Quadratic(), inputs_of(pictures)
+    found = explain(network, inputs, "gradient_shap:samples=400,baseline_sigma=0.1", batch_size=400).sum((1, 2, 3))
+    single = [
+        explain(network, inputs_of(pictures, seed), "gradient_shap:samples=1,baseline_sigma=0.1").sum((1, 2, 3))
+        for seed in range(60)
+    ]
+    error = torch.stack(single).std(0) / 400**0.5
+    spread = 0.1 * (pictures.flatten(1).amax(1) - pictures.flatten(1).amin(1))
+    # Of a second-degree polynomial and Gaussian baselines the mean is known: f(0) + trace of its curvature.
+    at_baseline = (spread**2)[:, None] * (network.inner.square().sum(1) @ network.outer.T)
+    want = (network(pictures) - at_baseline)[torch.arange(3), TARGETS].detach()
+    assert ((found - want).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("smoothgrad:samples=0", "samples must be at least 1, not 0"),
+        ("integrated_gradients:samples=-3", "samples must be at least 1, not -3"),
+        ("smoothgrad:sigma=-1", "sigma must be finite and at least 0, not -1.0"),
+        ("vargrad:sigma=nan", "sigma must be finite and at least 0, not nan"),
+        ("integrated_gradients_smoothgrad:noisy_inputs=0", "noisy_inputs must be at least 1, not 0"),
+        ("gradient_shap:baseline_sigma=inf", "baseline_sigma must be finite and at least 0, not inf"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_when_given(spec: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        attributions.find(spec)

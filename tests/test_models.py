@@ -149,7 +149,7 @@ def test_weights_that_cannot_be_fetched_end_in_one_line(tmp_path: Path, monkeypa
     monkeypatch.setattr(request, "urlopen", unreachable)
     monkeypatch.setattr(torch.hub, "urlopen", unreachable)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match=r"no weights for resnet50: .*resnet50-0676ba61.pth.*--weights FILE"):
+    with pytest.raises(ValueError, match=r"no weights for resnet50: .*resnet50-0676ba61\.pth.*--weights FILE"):
         models.load("resnet50")
 
 
@@ -168,7 +168,7 @@ def test_a_factory_brings_its_own_weights_and_preprocessing(monkeypatch: pytest.
     classifier = models.load("tests.test_models:tiny")
     assert classifier.preprocess == Preprocessing(16, 12)
     assert classifier.trained
-    with pytest.raises(ValueError, match="cannot load 'tests.test_models:gone'"):
+    with pytest.raises(ValueError, match=r"cannot load 'tests\.test_models:gone'"):
         models.load("tests.test_models:gone")
     with pytest.raises(ValueError, match=r"gave a dict, not a torch.nn.Module"):
         models.load("tests.test_models:EXPECTED")

@@ -130,18 +130,32 @@ def test_guided_backprop_is_its_rule_at_every_form_of_rectifier(pictures: Tensor
     assert not torch.allclose(found, gradient)
 
 
+def deconvolved(gradient: Tensor, gate: Tensor) -> Tensor:
+    return gradient.clamp(min=0)
+
+
+@pytest.mark.parametrize("name", PLAIN_RELUS)
+def test_deconvnet_is_its_rule_at_every_form_of_rectifier(pictures: Tensor, name: str) -> None:
+    network = Twice(PLAIN_RELUS[name])
+    found, gradient = explain(network, pictures, "deconvnet", "gradient")
+    assert_close(found, by_hand(network, pictures, 1e9, deconvolved), rtol=1e-11, atol=1e-12)
+    assert not torch.allclose(found, gradient)
+
+
 @pytest.mark.parametrize("name", CLIPS)
-def test_guided_backprop_is_its_rule_at_clipped_rectifiers(pictures: Tensor, name: str) -> None:
+def test_both_are_their_rules_at_clipped_rectifiers(pictures: Tensor, name: str) -> None:
     network = Twice(CLIPS[name])
-    (found,) = explain(network, pictures, "guided_backprop")
-    assert_close(found, by_hand(network, pictures, 6, guided), rtol=1e-11, atol=1e-12)
+    for method, rule in (("guided_backprop", guided), ("deconvnet", deconvolved)):
+        (found,) = explain(network, pictures, method)
+        assert_close(found, by_hand(network, pictures, 6, rule), rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:Setting backward hooks")
-def test_guided_backprop_equals_captums_where_captum_sees_the_rectifiers(pictures: Tensor) -> None:
+def test_both_equal_captums_where_captum_sees_the_rectifiers(pictures: Tensor) -> None:
     network = Twice(nn.ReLU(), nn.ReLU())
-    want = captum.attr.GuidedBackprop(network).attribute(pictures.clone().requires_grad_(), target=TARGETS)
-    assert_close(explain(network, pictures, "guided_backprop")[0], want, rtol=1e-11, atol=1e-12)
+    for name, theirs in (("guided_backprop", captum.attr.GuidedBackprop), ("deconvnet", captum.attr.Deconvolution)):
+        want = theirs(network).attribute(pictures.clone().requires_grad_(), target=TARGETS)
+        assert_close(explain(network, pictures, name)[0], want, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -179,24 +193,25 @@ def photo(size: int) -> Tensor:
     return F.interpolate(coarse, size, mode="bicubic").clamp(0, 1) * 2 - 1
 
 
+@pytest.mark.parametrize("method", ["guided_backprop", "deconvnet"])
 @pytest.mark.parametrize("name", REAL)
-def test_guided_backprop_is_not_the_gradient_on_networks_that_hooks_miss(
-    name: str, monkeypatch: pytest.MonkeyPatch
+def test_neither_is_the_gradient_on_networks_that_hooks_miss(
+    name: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, rectifiers, size = REAL[name]
     network, pixels = make().double().eval(), photo(size)
-    found, gradient = explain(network, pixels, "guided_backprop", "gradient")
+    found, gradient = explain(network, pixels, method, "gradient")
     assert count_rectifiers(network, pixels) == rectifiers
     assert (found - gradient).norm() > 0.5 * gradient.norm() > 0
-    patched_relus(monkeypatch)
+    patched_relus(monkeypatch, gated=method == "guided_backprop")
     (want,) = explain(network, pixels, "gradient")
     assert_close(found, want, rtol=1e-9, atol=1e-12 * float(want.abs().max()))
 
 
-def patched_relus(monkeypatch: pytest.MonkeyPatch) -> None:
+def patched_relus(monkeypatch: pytest.MonkeyPatch, gated: bool) -> None:
     """The independent answer: functional rectifiers replaced by ones with a backward pass of their own."""
 
-    class Guided(torch.autograd.Function):
+    class Ruled(torch.autograd.Function):
         @staticmethod
         def forward(ctx: torch.autograd.function.FunctionCtx, z: Tensor, top: float) -> Tensor:
             ctx.save_for_backward((z > 0) & (z < top))
@@ -204,18 +219,18 @@ def patched_relus(monkeypatch: pytest.MonkeyPatch) -> None:
 
         @staticmethod
         def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
-            return gradient.clamp(min=0) * ctx.saved_tensors[0], None
+            return gradient.clamp(min=0) * (ctx.saved_tensors[0] if gated else 1), None
 
-    monkeypatch.setattr(F, "relu", lambda x, inplace=False: Guided.apply(x, torch.inf))
-    monkeypatch.setattr(F, "hardtanh", lambda x, low, high, inplace=False: Guided.apply(x, high))
+    monkeypatch.setattr(F, "relu", lambda x, inplace=False: Ruled.apply(x, torch.inf))
+    monkeypatch.setattr(F, "hardtanh", lambda x, low, high, inplace=False: Ruled.apply(x, high))
 
 
-def test_guided_backprop_of_the_trained_inception_differs_from_the_gradient(shared: Path) -> None:
+def test_both_differ_from_the_gradient_of_the_trained_inception(shared: Path) -> None:
     weights = shared / "inception_v3_chess" / "inception_v3_chess.pth"
-    weights = weights if weights.exists() else shared / "data" / "inception_v3_chess" / "inception_v3_chess.pth"
     network = models.load("inception_v3", str(weights)).network.double().eval()
-    found, gradient = explain(network, photo(75), "guided_backprop", "gradient")
-    assert (found - gradient).norm() > 0.5 * gradient.norm() > 0
+    *found, gradient = explain(network, photo(75), "guided_backprop", "deconvnet", "gradient")
+    for one in found:
+        assert (one - gradient).norm() > 0.5 * gradient.norm() > 0
 
 
 def test_the_rule_ends_with_the_backward_pass(pictures: Tensor) -> None:

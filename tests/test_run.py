@@ -223,9 +223,8 @@ def test_planted_explainers_get_the_verdicts_they_deserve() -> None:
     def chance(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         return torch.randn_like(images)
 
-    rows = sanity.check(
-        network, images, methods=["gradient", "edges", chance], similarities=["spearman"], seeds=[0, 1], precision="float64"
-    )
+    methods = ["gradient", "edges", chance]
+    rows = sanity.check(network, images, methods=methods, similarities=["spearman"], seeds=[0, 1], precision="float64")
     judged = sanity.verdicts(rows).set_index("method")
     name = next(method for method in judged.index if method.endswith("chance"))
     assert judged.loc["gradient", "verdict"] == "pass"

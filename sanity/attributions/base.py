@@ -53,7 +53,7 @@ class Method:
     name: str
     source: str
     deterministic: bool = True
-    options: Mapping[str, Option] = field(default_factory=dict)
+    options: Mapping[str, Option] = field(default_factory=dict, hash=False)
     unsuited: Callable[[nn.Module, Tensor, Mapping[str, Option]], str] = lambda network, example, options: ""
     fresh: bool = False
 
@@ -133,10 +133,14 @@ class GradientMethod(Method):
 
 @dataclass(frozen=True)
 class FunctionMethod(Method):
-    """A method that is not a combination of gradients: `call(network, inputs, **options) -> (N, C or 1, H, W)`."""
+    """A method that is not a combination of gradients: `call(network, inputs, **options) -> (N, C or 1, H, W)`.
+
+    folds: looks at the network's logits only, so it may be given one whose BatchNorms are folded.
+    """
 
     call: Callable[..., Tensor] = field(kw_only=True)
     evaluations: Callable[[Mapping[str, Option]], int] = field(kw_only=True)
+    folds: bool = False
 
     def __post_init__(self) -> None:
         self.evaluations(self.options)

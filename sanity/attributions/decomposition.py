@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from sanity.attributions.base import GradientMethod, Option, Rule, logits_of
 from sanity.attributions.gradients import PIXELS, times_input
-from sanity.attributions.rectifiers import Function, is_rectifier, replaced, ruled
+from sanity.attributions.rectifiers import Function, is_rectifier, of_numbers, replaced, ruled
 
 SMALL = 1e-10
 """Inputs of an activation that differ by less have its derivative as their slope, as in captum."""
@@ -27,11 +27,12 @@ _WEIGHTED = {
 _SUMS = {"add", "radd", "iadd", "sub", "rsub", "isub"}
 _SCALINGS = {"mul", "rmul", "imul", "multiply", "div", "truediv", "itruediv", "divide", "true_divide", "neg"}
 _MOVES = {
-    "cat", "concat", "concatenate", "stack", "flatten", "view", "view_as", "reshape", "reshape_as", "permute",
-    "transpose", "movedim", "contiguous", "clone", "squeeze", "unsqueeze", "getitem", "get", "chunk", "split",
-    "tensor_split", "unbind", "narrow", "select", "pad", "dropout", "dropout1d", "dropout2d", "dropout3d",
-    "alpha_dropout", "feature_alpha_dropout", "expand", "expand_as", "repeat", "pixel_shuffle", "pixel_unshuffle",
-    "channel_shuffle", "roll", "flip", "to", "float", "double", "interpolate", "unfold", "fold",
+    "cat", "concat", "concatenate", "stack", "flatten", "unflatten", "ravel", "view", "view_as", "reshape",
+    "reshape_as", "permute", "transpose", "swapaxes", "movedim", "index_select", "contiguous", "clone", "squeeze",
+    "unsqueeze", "getitem", "get", "chunk", "split", "tensor_split", "unbind", "narrow", "select", "pad", "dropout",
+    "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "expand", "expand_as",
+    "repeat", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "roll", "flip", "to", "float", "double",
+    "interpolate", "unfold", "fold",
 }  # fmt: skip
 _MANY = _SUMS | {"cat", "concat", "concatenate", "stack"}
 _POOLS = {
@@ -43,7 +44,7 @@ _THROUGH_ZERO = {
 """Activations with f(0) = 0 whose f(z) / z is bounded."""
 _ELEMENTWISE = {
     "sigmoid", "softplus", "hardsigmoid", "logsigmoid", "hardtanh", "clamp", "clip", "clamp_min", "clamp_max",
-    "threshold", "relu6", "rrelu", "exp", "log", "sqrt", "square", "abs", "sin", "cos",
+    "threshold", "exp", "square", "abs", "sin", "cos",
 }  # fmt: skip
 
 
@@ -80,7 +81,7 @@ class _Survey(TorchFunctionMode):
         yield module.register_forward_hook(leave)
 
     def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
         for handle in self.handles:
             handle.remove()
 
@@ -185,7 +186,7 @@ class _Rescaling(TorchFunctionMode):
         kwargs, name = kwargs or {}, name_of(func)
         if name in _POOLS:
             return replaced(func, args, kwargs, self._pool)
-        if name in _THROUGH_ZERO | _ELEMENTWISE or is_rectifier(func, args, kwargs):
+        if (name in _THROUGH_ZERO | _ELEMENTWISE and of_numbers(args, kwargs)) or is_rectifier(func, args, kwargs):
             return replaced(func, args, kwargs, self._rescale)
         return func(*args, **kwargs)
 
@@ -247,7 +248,7 @@ RESCALE = Rule("DeepLIFT rescale", _rescaled, finite=True)
 
 LRP_EPSILON = GradientMethod(
     "lrp_epsilon",
-    "Bach et al. 2015, eq. 58",
+    "Bach et al. 2015; tends to gradient_x_input where every rectifier is a plain ReLU [Ancona et al. 2018]",
     options={"epsilon": 1e-6},
     points=lambda options: PIXELS,
     combine=times_input,

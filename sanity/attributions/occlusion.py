@@ -45,10 +45,10 @@ def occlusion(network: nn.Module, inputs: Inputs, positions: int, window: float)
 
 
 class RandomMasks:
-    """An image's stream of masks, each (H, W) float32 in [0, 1]. [Petsiuk et al. 2018, section 3.2]
+    """An image's stream of masks, each (H, W) float32 in [0, 1].
 
     A coarse grid of cells x cells, each 1 with the given probability, is enlarged bilinearly to one cell
-    more than the picture, and a window of the picture's size is cut out of it at random.
+    more than the picture, and a window of the picture's size is cut out of it at random. [Petsiuk et al. 2018, 3.2]
     """
 
     def __init__(self, size: Sequence[int], cells: int, probability: float, generator: torch.Generator) -> None:
@@ -60,7 +60,7 @@ class RandomMasks:
         grid = (torch.rand(1, 1, self.cells, self.cells, generator=self.generator) < self.probability).float()
         large = F.interpolate(grid, [(self.cells + 1) * c for c in cell], mode="bilinear", align_corners=False)
         down, right = (int(torch.randint(c, (), generator=self.generator)) for c in cell)
-        return large[0, 0, down : down + self.size[0], right : right + self.size[1]]
+        return large[0, 0, down : down + self.size[0], right : right + self.size[1]].clamp(max=1)
 
 
 @torch.no_grad()

@@ -1,98 +1,40 @@
-"""Meaningful perturbation: the smallest smooth mask whose deletion takes the class away (Fong and Vedaldi 2017)."""
+"""Meaningful perturbation: the smallest smooth mask that takes the class away (Fong and Vedaldi 2017)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sanity.attributions.base import FunctionMethod, Inputs, Option
-from sanity.attributions.descent import Adam, Descent
-from sanity.attributions.nulls import NULLS, gaussian_blur, null_images
+from sanity.attributions.descent import DESCENTS, Descent
+from sanity.attributions.masks import (
+    DEFAULT,
+    LOCALIZATION,
+    PAPER,
+    PORT,
+    MaskSettings,
+    Regulariser,
+    upsample,
+)
+from sanity.attributions.nulls import null_images
 from sanity.streams import normal_like, stream
 
-CHOICES = {
-    "optimiser": ("adam",),
-    "tv_kind": ("isotropic", "anisotropic"),
-    "reduction": ("sum", "mean"),
-    "upsampling": ("bilinear", "nearest"),
-    "null": NULLS,
-    "task": ("deletion", "preservation"),
-}
-
-
-@dataclass(frozen=True)
-class MaskSettings:
-    """Everything that decides a mask but the network and the picture.
-
-    steps, network evaluations; optimiser, one of `CHOICES`; learning_rate, of Adam; l1, tv, the weights of
-    the two regularisers and tv_beta >= 1, the exponent; tv_kind, (dx^2 + dy^2)^(beta/2) or |dx|^beta +
-    |dy|^beta; reduction, over the cells of the coarse mask; mask_size, its cells a side (never more than
-    pixels); upsampling and then mask_blur, the standard deviation in pixels of a Gaussian; jitter, the most
-    pixels the picture is shifted by under the mask, anew each step; null, what stands in for the deleted
-    (see `null_images`) and null_radius, its radius in pixels; noise_on_image, the standard deviation, in the
-    network's units, of noise added to the perturbed picture; task, delete the class or preserve it.
-    Raises ValueError for anything else.
-    """
-
-    steps: int = 50
-    optimiser: str = "adam"
-    learning_rate: float = 0.1
-    l1: float = 1e-4
-    tv: float = 1e-2
-    tv_beta: float = 3.0
-    tv_kind: str = "isotropic"
-    reduction: str = "sum"
-    mask_size: int = 28
-    upsampling: str = "nearest"
-    mask_blur: float = 5.0
-    jitter: int = 3
-    null: str = "blur"
-    null_radius: float = 10.0
-    noise_on_image: float = 0.0
-    task: str = "deletion"
-
-    def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
-        least = {"steps": 1, "mask_size": 1, "tv_beta": 1}
-        for field in fields(self):
-            value, bound = getattr(self, field.name), least.get(field.name, 0)
-            # "not >=" also refuses NaN
-            if field.name not in CHOICES and not bound <= value < float("inf"):
-                raise ValueError(f"{field.name} must be finite and at least {bound}, not {value}")
-        if self.learning_rate == 0:
-            raise ValueError("learning_rate must be above 0, not 0")
-        if self.null == "median" and self.null_radius != int(self.null_radius):
-            raise ValueError(f"null 'median' takes whole pixels for null_radius, not {self.null_radius}")
-
-
-PAPER = MaskSettings(steps=300)
-"""The authors' code, deletion game: Adam 0.1, 300 iterations, sums, isotropic, jitter {0..3}, Gaussian blur 10."""
-
-LOCALIZATION = MaskSettings(steps=300, l1=1e-3, tv_beta=2.0)
-"""The authors' localization numbers, without their target of the five best classes."""
-
-PORT = MaskSettings(
-    steps=500,
-    l1=0.01,
-    tv=0.2,
-    tv_kind="anisotropic",
-    reduction="mean",
-    mask_blur=0.0,
-    jitter=0,
-    null="median",
-    null_radius=5,
-    noise_on_image=0.2,
-)
-"""The PyTorch port: Adam 0.1, 500 iterations, means, anisotropic, noise on the picture, median blur of 11 pixels."""
-
-DEFAULT = MaskSettings()
-"""The paper's objective at the cost of 50 evaluations."""
+__all__ = [
+    "DEFAULT",
+    "LOCALIZATION",
+    "MEANINGFUL_PERTURBATION",
+    "PAPER",
+    "PORT",
+    "MaskProblem",
+    "MaskResult",
+    "MaskSettings",
+    "meaningful_perturbation",
+    "optimise_mask",
+]
 
 
 @dataclass(frozen=True)
@@ -100,7 +42,7 @@ class MaskResult:
     """Masks and what they did.
 
     mask (N, 1, H, W) in [0, 1], 1 keeps the pixel; coarse, the variables behind it (N, 1, h, w); perturbed
-    (N, C, H, W), the pictures under their masks; objective (steps, N), at each network evaluation and with
+    (N, C, H, W), the pictures under their masks; objective (steps, N), met at each network evaluation under
     that step's shift and noise; before, after (N,), the target's probability for the picture and under the
     mask, without shift or noise.
     """
@@ -113,47 +55,16 @@ class MaskResult:
     after: Tensor
 
 
-def upsample(coarse: Tensor, size: tuple[int, int], settings: MaskSettings) -> Tensor:
-    """Coarse masks (N, 1, h, w) -> masks (N, 1, H, W), both in [0, 1]."""
-    if settings.upsampling == "nearest":
-        return gaussian_blur(F.interpolate(coarse, size, mode="nearest"), settings.mask_blur)
-    return gaussian_blur(F.interpolate(coarse, size, mode="bilinear", align_corners=False), settings.mask_blur)
-
-
-def total_variation(coarse: Tensor, settings: MaskSettings) -> Tensor:
-    """Sum or mean of |grad m|^beta over the cells of each mask, forward differences: (N, 1, h, w) -> (N,).
-
-    Differences across the edge count as 0. The mean of the anisotropic kind is that of the vertical
-    differences plus that of the horizontal ones, as in the port.
-    """
-    down, right = coarse.diff(dim=2), coarse.diff(dim=3)
-    if settings.tv_kind == "anisotropic":
-        return sum((_reduce(d.abs() ** settings.tv_beta, settings.reduction) for d in (down, right)), down.sum() * 0)
-    squares = F.pad(down, (0, 0, 0, 1)) ** 2 + F.pad(right, (0, 1)) ** 2
-    # where the mask is flat the power has no slope to give: without the guard beta < 2 yields 0 * inf
-    flat = squares == 0
-    powers = squares.masked_fill(flat, 1) ** (settings.tv_beta / 2)
-    return _reduce(powers.masked_fill(flat, 0), settings.reduction)
-
-
-def _reduce(cells: Tensor, reduction: str) -> Tensor:
-    total = cells.flatten(1).sum(1)
-    return total / max(cells[0].numel(), 1) if reduction == "mean" else total
-
-
-def regulariser(coarse: Tensor, settings: MaskSettings) -> Tensor:
-    """What a mask costs: l1 times what is deleted (or, to preserve, kept) plus tv times the variation -> (N,)."""
-    penalised = 1 - coarse if settings.task == "deletion" else coarse
-    return settings.l1 * _reduce(penalised, settings.reduction) + settings.tv * total_variation(coarse, settings)
-
-
 class MaskProblem:
-    """The objective of a batch: the regulariser plus the target's probability (1 minus it, to preserve)."""
+    """What is minimised, picture by picture: the regulariser plus the probability of the targets.
+
+    To preserve, 1 minus the probability, which is the paper's objective but for the constant.
+    """
 
     def __init__(self, network: nn.Module, inputs: Inputs, settings: MaskSettings) -> None:
         self.network, self.inputs, self.settings = network, inputs, settings
         self.size = (inputs.pixels.shape[-2], inputs.pixels.shape[-1])
-        self.null = None if settings.null == "noise" else self._null(0)
+        self.still_null = None if settings.null == "noise" else self._null("still")
 
     def start(self) -> Tensor:
         """Masks that delete nothing, (N, 1, h, w)."""
@@ -161,70 +72,96 @@ class MaskProblem:
         return self.inputs.pixels.new_ones(len(self.inputs.pixels), 1, height, width)
 
     def objective(self, coarse: Tensor, draw: int) -> Tensor:
-        """Objective of each picture under the shift and noise of one draw, (N, 1, h, w) -> (N,)."""
-        probability = self.probability(self._disturbed(coarse, draw))
-        wanted = probability if self.settings.task == "deletion" else 1 - probability
-        return regulariser(coarse, self.settings) + wanted
+        """Objective of each picture under one draw of shift and noise, (N, 1, h, w) -> (N,)."""
+        return Regulariser.of(self.settings).value(coarse) + self.odds(self.disturbed(coarse, draw)).sigmoid()
+
+    def odds(self, pictures: Tensor) -> Tensor:
+        """Log-odds of the targets (to preserve, of the other classes), (N, C, H, W) -> (N,).
+
+        Their sigmoid is the softmax probability; unlike it they keep a slope where it is saturated.
+        Raises ValueError for a network of fewer than two classes.
+        """
+        logits: Tensor = self.network(pictures)
+        if logits.ndim != 2 or logits.shape[1] < 2:
+            raise ValueError(f"masks need logits (N, classes) of two classes or more, not {tuple(logits.shape)}")
+        targets = self.inputs.targets.to(logits.device).unsqueeze(1)
+        others = logits.scatter(1, targets, float("-inf")).logsumexp(1)
+        odds = logits.gather(1, targets).squeeze(1) - others
+        return odds if self.settings.task == "deletion" else -odds
 
     def probability(self, pictures: Tensor) -> Tensor:
         """The network's softmax probability of the targets, (N, C, H, W) -> (N,)."""
-        targets = self.inputs.targets.to(pictures.device).unsqueeze(1)
-        return self.network(pictures).softmax(1).gather(1, targets).squeeze(1)
+        odds = self.odds(pictures)
+        return (odds if self.settings.task == "deletion" else -odds).sigmoid()
 
     def perturbed(self, coarse: Tensor) -> Tensor:
-        """Pictures under their masks, neither shifted nor with noise on them, (N, C, H, W)."""
-        null = self._null("after") if self.null is None else self.null
+        """Pictures under their masks, neither shifted nor with noise added, (N, C, H, W)."""
+        null = self._null("after") if self.still_null is None else self.still_null
         return torch.lerp(null, self.inputs.pixels, upsample(coarse, self.size, self.settings))
 
-    def _null(self, draw: int | str) -> Tensor:
-        chosen = self.settings
-        return null_images(self.inputs.pixels, chosen.null, chosen.null_radius, self.inputs.ids, self.inputs.seed, draw)
-
-    def _disturbed(self, coarse: Tensor, draw: int) -> Tensor:
-        pixels, null = self.inputs.pixels, self._null(draw) if self.null is None else self.null
+    def disturbed(self, coarse: Tensor, draw: int) -> Tensor:
+        """Pictures under their masks with one draw of shift and noise: the picture moves, its mask does not."""
+        pixels, null = self.inputs.pixels, self._null(draw) if self.still_null is None else self.still_null
         if self.settings.jitter:
-            shifts = self._shifts(draw)
+            shifts = self.shifts(draw)
             pixels, null = shifted(pixels, shifts), shifted(null, shifts)
         perturbed = torch.lerp(null, pixels, upsample(coarse, self.size, self.settings))
         if self.settings.noise_on_image:
-            named = zip(pixels, self.inputs.ids, strict=True)
-            noise = [normal_like(x, self.inputs.seed, name, "noise", draw) for x, name in named]
-            perturbed = perturbed + self.settings.noise_on_image * torch.stack(noise)
+            perturbed = perturbed + self.settings.noise_on_image * self._noise(draw)
         return perturbed
 
-    def _shifts(self, draw: int) -> list[tuple[int, int]]:
+    def shifts(self, draw: int) -> list[tuple[int, int]]:
+        """By how many pixels each picture moves down and right, 0 to jitter."""
+        seed, most = self.inputs.seed, self.settings.jitter
         drawn = [
-            torch.randint(self.settings.jitter + 1, (2,), generator=stream(self.inputs.seed, name, "jitter", draw))
-            for name in self.inputs.ids
+            torch.randint(most + 1, (2,), generator=stream(seed, name, "jitter", draw)) for name in self.inputs.ids
         ]
         return [(int(down), int(right)) for down, right in drawn]
 
+    def _noise(self, draw: int) -> Tensor:
+        named = zip(self.inputs.pixels, self.inputs.ids, strict=True)
+        return torch.stack([normal_like(x, self.inputs.seed, name, "noise", draw) for x, name in named])
+
+    def _null(self, draw: int | str) -> Tensor:
+        null, radius = self.settings.null, self.settings.null_radius
+        return null_images(self.inputs.pixels, null, radius, self.inputs.ids, self.inputs.seed, draw)
+
 
 def shifted(images: Tensor, shifts: list[tuple[int, int]]) -> Tensor:
-    """Each picture moved down and right by its whole pixels, the edge repeated: (N, C, H, W) -> (N, C, H, W)."""
+    """Each picture moved down and right by whole pixels, the edge repeated: (N, C, H, W) -> (N, C, H, W)."""
     height, width = images.shape[-2:]
+    moved = [
+        F.pad(image, (right, 0, down, 0), mode="replicate")[:, :height, :width]
+        for image, (down, right) in zip(images, shifts, strict=True)
+    ]
+    return torch.stack(moved)
 
-    def move(image: Tensor, down: int, right: int) -> Tensor:
-        padded = F.pad(image, (right, 0, down, 0), mode="replicate")
-        return padded[:, :height, :width]
 
-    return torch.stack([move(image, *shift) for image, shift in zip(images, shifts, strict=True)])
+def descent_steps(problem: MaskProblem) -> Iterator[tuple[Tensor, Descent]]:
+    """After each network evaluation: the objective (N,) met there, and the descent, whose `result` is the masks."""
+    settings = problem.settings
+    descent, regulariser = DESCENTS[settings.optimiser](problem.start(), settings), Regulariser.of(settings)
+    for step in range(settings.steps):
+        with torch.enable_grad():
+            point = descent.point.detach().requires_grad_()
+            odds = problem.odds(problem.disturbed(point, step if descent.redraws else 0))
+            # the mask alone is differentiated, so that the network's parameters gather no gradient
+            (gradient,) = torch.autograd.grad(odds.sum(), point)
+        with torch.no_grad():
+            descent.update(odds.detach(), gradient)
+            objective = odds.detach().sigmoid() + regulariser.value(point)
+        yield objective, descent
 
 
 def descend(problem: MaskProblem, on_step: Callable[[int, Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
     """Minimise: the coarse masks (N, 1, h, w) and the objective met at each evaluation (steps, N)."""
-    descent: Descent = Adam(problem.start(), problem.settings.learning_rate)
-    values = []
-    for step in range(problem.settings.steps):
-        point = descent.point.detach().requires_grad_()
-        with torch.enable_grad():
-            value = problem.objective(point, step)
-            (gradient,) = torch.autograd.grad(value.sum(), point)
-        descent.update(value.detach(), gradient)
-        values.append(value.detach())
+    met = []
+    for step, (objective, descent) in enumerate(descent_steps(problem)):
+        coarse = descent.result
+        met.append(objective)
         if on_step is not None:
-            on_step(step, values[-1])
-    return descent.result, torch.stack(values)
+            on_step(step, objective)
+    return coarse, torch.stack(met)
 
 
 def optimise_mask(
@@ -233,10 +170,11 @@ def optimise_mask(
     settings: MaskSettings = DEFAULT,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> MaskResult:
-    """Masks of a batch, each picture's independent of its batch-mates. [Fong and Vedaldi 2017, eq. 3 and 6]
+    """Masks of a batch, each picture's independent of its batch-mates. Source: Fong and Vedaldi 2017, equations 3 to 6.
 
-    network: (N, C, H, W) -> logits (N, classes), in eval mode; it is only called, and nothing gets a .grad.
-    inputs.pixels in float32 or float64. on_step(step, objective (N,)) is called after each evaluation.
+    network: (N, C, H, W) -> logits (N, classes), in eval mode; it is called and left as it was.
+    inputs.pixels: float32 or float64, in the network's space. on_step(step, objective (N,)) follows each
+    evaluation. Raises ValueError for a network of fewer than two classes.
     """
     problem = MaskProblem(network, inputs, settings)
     coarse, objective = descend(problem, on_step)
@@ -250,12 +188,12 @@ def optimise_mask(
 def meaningful_perturbation(network: nn.Module, inputs: Inputs, **options: Option) -> Tensor:
     """How much of each pixel has to go (or, to preserve, has to stay): (N, 1, H, W) in [0, 1].
 
-    options: the fields of `MaskSettings`; others raise TypeError.
+    options: the fields of `MaskSettings`, the rest as in `DEFAULT`. Raises TypeError for others.
     """
     settings = MaskSettings(**options)  # type: ignore[arg-type]
     problem = MaskProblem(network, inputs, settings)
-    coarse, _ = descend(problem)
-    mask = upsample(coarse, problem.size, settings)
+    with torch.no_grad():
+        mask = upsample(descend(problem)[0], problem.size, settings)
     return 1 - mask if settings.task == "deletion" else mask
 
 

@@ -31,6 +31,12 @@ Act = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 """(z, rectify) -> what the network goes on with in place of rectify(z)."""
 
 
+def of_numbers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call's first argument is a tensor of floating-point numbers, and not of indices, say."""
+    z = args[0] if args else kwargs.get("input")
+    return isinstance(z, Tensor) and z.is_floating_point()
+
+
 def is_rectifier(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call cuts its input off below 0: ReLU, ReLU6, hardtanh, clamp or threshold from 0."""
 
@@ -38,6 +44,8 @@ def is_rectifier(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any
         given = (kwargs[name] for name in names if name in kwargs)
         return args[place] if len(args) > place else next(given, default)
 
+    if not of_numbers(args, kwargs):
+        return False
     if func in _RELUS:
         return True
     if func in _CLIPS:
@@ -243,13 +251,13 @@ def _frozen(rule: Rule, p: float, mask: str) -> Rule:
 
 
 def frozen(method: Method) -> GradientMethod:
-    """Return a method that combines gradients, on the network as it is frozen for each image. [Hara]
+    """Return a method that combines gradients, on the network as it is frozen for each image.
 
     Its options are the method's and p, the percentile (80); mask, "point" or "image": see `Freezing`. At
     the image itself both are the same, the network's output is unchanged, and p = 0 freezes nothing.
     Where slopes are taken between image and baseline (DeepLIFT) the mask is the image's unless said
     otherwise: by the point's, a baseline below all thresholds has the image's own outputs, and nothing is
-    left to explain. Raises ValueError for a method of another kind.
+    left to explain. Raises ValueError for a method of another kind. [Hara, JSAI]
     """
     if not isinstance(method, GradientMethod):
         raise ValueError(f"frozen:{method.name}: only methods that combine gradients can be frozen")

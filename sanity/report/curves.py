@@ -70,23 +70,25 @@ def _style(look: Look) -> dict[str, Any]:
     return {"color": look.colour, "marker": look.marker, "mfc": face, "zorder": 1.5 if look.control else 2}
 
 
-def _label(own: pd.DataFrame) -> str:
-    unscored = int(own["n_nan"].sum())
-    name = named(str(own["method"].iloc[0])) + (f" ({unscored} NaN)" if unscored else "")
-    return "\n".join(textwrap.wrap(plain(name), 34))
+def legend_name(own: pd.DataFrame) -> str:
+    """Name of a method, and how many of its scores are NaN: least to most, where similarities differ."""
+    counts = own.groupby("similarity")["n_nan"].sum()
+    low, high = int(counts.min()), int(counts.max())
+    lacks = f" ({high if low == high else f'{low} to {high}'} NaN)" if high else ""
+    return "\n".join(textwrap.wrap(plain(named(str(own["method"].iloc[0])) + lacks), 34))
 
 
 def _line(axes: Axes, x: NDArray[np.float64], own: pd.DataFrame, look: Look, size: float) -> None:
     axes.fill_between(x, own["low"], own["high"], color=look.colour, alpha=0.15, linewidth=0)
     style = _style(look) | ({"marker": ""} if look.control else {"mec": "white", "mew": 0.8 * size})
     style["linestyle"] = (0, look.dashes) if look.dashes else "-"
-    axes.plot(x, own["mean"], label=_label(own), linewidth=1.6 * size, markersize=5.5 * size, **style)
+    axes.plot(x, own["mean"], label=legend_name(own), linewidth=1.6 * size, markersize=5.5 * size, **style)
 
 
 def _points(axes: Axes, x: NDArray[np.float64], own: pd.DataFrame, look: Look, size: float) -> None:
     ends = np.abs(own[["low", "high"]].to_numpy().T - own["mean"].to_numpy())
     style = _style(look) | {"linestyle": "none", "elinewidth": 1.1 * size, "mew": size}
-    axes.errorbar(x, own["mean"], np.nan_to_num(ends), label=_label(own), markersize=5 * size, **style)
+    axes.errorbar(x, own["mean"], np.nan_to_num(ends), label=legend_name(own), markersize=4.4 * size, **style)
 
 
 def _furnish(axes: Axes, stages: list[str], order: str, size: float) -> None:

@@ -11,14 +11,32 @@ REACH = {
     "cascading": "randomized from the output down to this stage",
     "independent": "stage randomized alone",
     "bottom_up": "randomized from the input up to this stage",
+    "data": "trained on permuted labels",
 }
 WORDS = {
     "ssim": "SSIM",
     "spearman": "rank correlation, signed,",
     "spearman_abs": "rank correlation of absolute values",
     "hog": "correlation of HOG descriptors",
+    "ssim_published": "SSIM, as published,",
+    "ssim_released": "SSIM, as released,",
+    "hog_released": "rank correlation of HOG descriptors, as released,",
+    "spearman_released": "rank correlation, signed, as released,",
+    "spearman_abs_released": "rank correlation of absolute values, as released,",
+    "spearman_abs_foreground": "rank correlation of absolute values in the foreground",
 }
-SHORT = {"ssim": "SSIM", "spearman": "rank corr.", "spearman_abs": "rank corr. (abs.)", "hog": "HOG corr."}
+SHORT = {
+    "ssim": "SSIM",
+    "spearman": "rank corr.",
+    "spearman_abs": "rank corr. (abs.)",
+    "hog": "HOG corr.",
+    "ssim_published": "SSIM (published)",
+    "ssim_released": "SSIM (released)",
+    "hog_released": "HOG (released)",
+    "spearman_released": "rank corr. (released)",
+    "spearman_abs_released": "rank corr. (abs., released)",
+    "spearman_abs_foreground": "rank corr. (abs., foregr.)",
+}
 # Found by search: each at least 3:1 against white (WCAG 1.4.11), and any two at least 16 apart in CIEDE2000
 # as normal, protan, deutan and tritan readers see them (Machado 2009); a test holds both
 COLOURS = ("#08459F", "#FF4096", "#06805B", "#9F9328", "#0D92FF", "#60053B", "#403A03")
@@ -52,6 +70,11 @@ def looks(methods: Iterable[str]) -> dict[str, Look]:
 def named(method: str) -> str:
     """Name of a method, with a word for controls."""
     return f"{method} (control)" if method in CONTROLS else method
+
+
+def ending(order: str) -> str:
+    """When an order's verdict is reached."""
+    return "after training on permuted labels" if order == "data" else f"at full {order} randomization"
 
 
 def safe(name: str) -> str:

@@ -103,17 +103,17 @@ class _Page:
         self.rows, self.columns = list(maps), ["original image"] * pictured + stages
         self.parted = pictured + 1  # a wider gap after the trained map
         bars = sorted({unsigned(stack) for stack in maps.values()})
-        heads = [_extent(name, 10, 45) for name in self.columns]
-        self.left = PAD + max(_extent(name, 11)[0] for name in self.rows) + 8
+        heads = [extent(name, 10, 45) for name in self.columns]
+        self.left = PAD + max(extent(name, 11)[0] for name in self.rows) + 8
         overhang = max(x + self._x(i) - self._x(len(heads)) for i, (x, _) in enumerate(heads)) + self.cell[0] // 2
         self.inner = self._x(len(self.columns)) - GAP - self.left
         right = max(len(bars) * 66 + 10, overhang) + PAD
         self.width = max(self.left + self.inner + right, 420)
         self.titles = _fold(title, 12, self.width - 2 * PAD)
         self.caption = _fold(SCALE_RULE, 9.5, self.width - 2 * PAD)
-        self.top = PAD + _extent(self.titles, 12)[1] + 12 + max(y for _, y in heads) + 6
+        self.top = PAD + extent(self.titles, 12)[1] + 12 + max(y for _, y in heads) + 6
         self.inner_height = len(self.rows) * (self.cell[1] + GAP) - GAP
-        self.height = self.top + self.inner_height + 12 + _extent(self.caption, 9.5)[1] + PAD
+        self.height = self.top + self.inner_height + 12 + extent(self.caption, 9.5)[1] + PAD
         self.figure = Figure(figsize=(self.width / DPI, self.height / DPI), dpi=DPI, facecolor="white")
         FigureCanvasAgg(self.figure)
         self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, self.width), ylim=(self.height, 0))
@@ -176,9 +176,9 @@ class _Page:
         return self.figure
 
 
-def _extent(text: str, size: float, rotation: float = 0) -> tuple[int, int]:
+def extent(text: str, size: float, rotation: float = 0, dpi: int = DPI) -> tuple[int, int]:
     """Width and height of a text in pixels, rounded up."""
-    figure = Figure(dpi=DPI)
+    figure = Figure(figsize=(0.1, 0.1), dpi=dpi)
     FigureCanvasAgg(figure)
     box = figure.text(0, 0, text or " ", fontsize=size, rotation=rotation, parse_math=False).get_window_extent()
     return int(np.ceil(box.width)), int(np.ceil(box.height))
@@ -188,7 +188,7 @@ def _fold(text: str, size: float, width: int) -> str:
     """Break lines that are wider than `width` pixels."""
     if "\n" in text:
         return "\n".join(_fold(line, size, width) for line in text.split("\n"))
-    wide = _extent(text, size)[0]
+    wide = extent(text, size)[0]
     return "\n".join(textwrap.wrap(text, int(0.95 * len(text) * width / wide))) if wide > width else text
 
 

@@ -1,0 +1,170 @@
+"""Finished runs as reports see them: found, read, named, ranked."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sanity.records import read_header, read_rows, read_unrelated
+from sanity.report.looks import CONTROLS
+from sanity.report.manifest import trained
+from sanity.summary import VERDICT_COLUMNS, summarize, verdicts
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A finished run. label: its model's name, with the folder's where several runs are of one model."""
+
+    folder: Path
+    label: str
+    header: Mapping[str, Any]
+    scores: pd.DataFrame
+    summary: pd.DataFrame
+    verdicts: pd.DataFrame
+
+    @property
+    def plan(self) -> Mapping[str, Any]:
+        """The plan as run.json holds it; empty for a header without."""
+        return self.header.get("plan") or {}
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of the methods that have scores."""
+        return [str(name) for name in self.scores["method"].unique()]
+
+
+def find(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Folders of runs, and paths passed over: a path is a run's folder, or holds some, however deep.
+
+    Passed over, so that `results/*` may hold other things: files, and folders without a run. Raises
+    ValueError for a path that does not exist and if no run is left.
+    """
+    found: list[Path] = []
+    over: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path} does not exist")
+        runs = [path] if (path / "run.json").is_file() else sorted(p.parent for p in path.glob("**/run.json"))
+        found += [run for run in runs if run not in found]
+        over += [] if runs else [path]
+    if not found:
+        raise ValueError(f"no run in {', '.join(map(str, paths))}: a run's folder holds a run.json")
+    return found, over
+
+
+def read_all(folders: Sequence[Path]) -> list[StoredRun]:
+    """Read runs and name them. Raises ValueError for one that is unfinished, broken, or of a newer schema."""
+    parts = [(folder, *_read(folder)) for folder in folders]
+    labels = _labels([(folder, header, scores) for folder, header, scores in parts])
+    return [
+        StoredRun(folder, label, header, scores, summarize(scores), verdicts(scores, read_unrelated(folder)))
+        for (folder, header, scores), label in zip(parts, labels, strict=True)
+    ]
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    header = read_header(folder)
+    if not isinstance(header, dict):
+        raise ValueError(f"{folder} holds no run: its run.json is no JSON object")
+    if header.get("status", "complete") != "complete":
+        raise ValueError(f"{folder} holds an unfinished run; finish it: python -m sanity.run ... --resume")
+    scores = read_rows(folder / "scores.parquet")
+    if "model" not in scores or (count := scores["model"].nunique()) != 1:
+        found = "none" if "model" not in scores else count
+        raise ValueError(f"{folder / 'scores.parquet'}: scores of one model expected, found {found}")
+    return header, scores
+
+
+def _labels(parts: Sequence[tuple[Path, Mapping[str, Any], pd.DataFrame]]) -> list[str]:
+    names = [str(scores["model"].iloc[0]) + ("" if trained(header) else " (untrained)") for _, header, scores in parts]
+    for more in (lambda path: path.resolve().name, str):
+        often = Counter(names)
+        names = [
+            f"{name} ({more(part[0])})" if often[name] > 1 else name for name, part in zip(names, parts, strict=True)
+        ]
+    return names
+
+
+def unscored(scores: pd.DataFrame) -> pd.DataFrame:
+    """Maps without a score, where there are any: order, method, status, stage_index, stage, count, maps.
+
+    A map is one image under one seed; count of `maps` at that stage were of that status, whatever the similarity.
+    """
+    by = ["order", "method", "stage_index", "stage"]
+    each = scores.drop_duplicates([*by, "seed", "image", "status"])
+    all_maps = scores.drop_duplicates([*by, "seed", "image"]).groupby(by, sort=False).size().rename("maps")
+    bad = each[each["status"] != "ok"].groupby([*by, "status"], sort=False).size().rename("count").reset_index()
+    return bad.merge(all_maps, on=by)[["order", "method", "status", "stage_index", "stage", "count", "maps"]]
+
+
+def differences(runs: Sequence[StoredRun]) -> list[str]:
+    """What the runs differ in beside the network: numbers of such runs are compared at the reader's risk."""
+    views = [
+        {**run.plan, "pictures": run.header.get("images_sha256"), "protocol": run.header.get("protocol_version")}
+        for run in runs
+    ]
+    own = {"model", "weights", "stages", "granularity", "strips", "hide_pictures", "save_maps", "images"}
+    keys = dict.fromkeys(key for view in views for key in view if key not in own)
+    return [key for key in keys if len({json.dumps(view.get(key), sort_keys=True) for view in views}) > 1]
+
+
+def leaderboard(runs: Sequence[StoredRun]) -> pd.DataFrame:
+    """Final similarity and verdict of every run's methods: the verdicts' columns after `run`, then `best`.
+
+    best: among the methods of a run, order and similarity that pass and are no control, the one whose score
+    is nearest to zero, and those whose interval overlaps its own.
+    """
+    parts = [run.verdicts.assign(run=run.label) for run in runs if len(run.verdicts)]
+    if not parts:
+        return pd.DataFrame(columns=["run", *VERDICT_COLUMNS, "best"])
+    board = pd.concat(parts, ignore_index=True)[["run", *VERDICT_COLUMNS]].assign(best=False)
+    for _, part in board.groupby(["run", "order", "similarity"], sort=False):
+        passing = part[(part["verdict"] == "pass") & ~part["method"].isin(CONTROLS)]
+        board.loc[nearest_zero(passing, "score").index, "best"] = True
+    return board
+
+
+def gist(board: pd.DataFrame) -> str:
+    """A run's verdicts in a sentence or two, controls left out."""
+    own = board[~board["method"].isin(CONTROLS)]
+    if own.empty:
+        return "No verdicts: no order here ends in full randomization."
+    several = own["order"].nunique() > 1
+    where = own["order"] + " " + own["similarity"] if several else own["similarity"]
+    failing = [
+        f"{method} ({', '.join(where[part.index])})"
+        for method, part in own[own["verdict"] == "fail"].groupby("method", sort=False)
+    ]
+    passing = [str(m) for m, part in own.groupby("method", sort=False) if (part["verdict"] == "pass").all()]
+    return f"Fail: {', '.join(failing) or 'none'}. Pass throughout: {', '.join(passing) or 'none'}."
+
+
+def nearest_zero(part: pd.DataFrame, mean: str) -> pd.DataFrame:
+    """Rows whose mean is nearest to zero, and those whose [low, high] overlaps the nearest one's."""
+    size = part[mean].astype(float).abs()
+    if not np.isfinite(size).any():
+        return part.iloc[:0]
+    first = part.iloc[int(np.nanargmin(size))]
+    overlap = (part["low"] <= first["high"]) & (part["high"] >= first["low"])
+    found: pd.DataFrame = part[overlap | (size == size.min())]
+    return found
+
+
+def ranked(board: pd.DataFrame) -> list[str]:
+    """Methods of a leaderboard: fewest failures first, then most passes, then nearest to zero; controls last."""
+
+    def place(method: str) -> tuple[bool, int, int, float]:
+        own = board[board["method"] == method]
+        distance = float(own["score"].astype(float).abs().mean())
+        verdict = own["verdict"]
+        fails, passes = int((verdict == "fail").sum()), int((verdict == "pass").sum())
+        return method in CONTROLS, fails, -passes, distance if np.isfinite(distance) else np.inf
+
+    return sorted(map(str, board["method"].unique()), key=place)
