@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from sanity.attributions.base import GradientMethod, Option, Rule, logits_of
+from sanity.attributions.base import GradientMethod, Option, Rule
 from sanity.attributions.gradients import PIXELS, times_input
-from sanity.attributions.rectifiers import Function, is_rectifier, of_numbers, replaced, ruled
+from sanity.attributions.rectifiers import is_rectifier, of_numbers, replaced, ruled
+from sanity.attributions.survey import Function, survey, varying
 
 SMALL = 1e-10
 """Inputs of an activation that differ by less have its derivative as their slope, as in captum."""
@@ -53,79 +54,27 @@ def name_of(func: Function) -> str:
     return func.__name__.strip("_")
 
 
-def varying(values: Any) -> list[Tensor]:
-    """Tensors among a call's arguments that depend on the picture: those with a gradient, parameters apart."""
-    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    return [t for t in tensors if not isinstance(t, nn.Parameter)]
-
-
 # --- the check before a run
 
 
-class _Survey(TorchFunctionMode):
-    """Runs a network once and notes the first call that a rule would get wrong."""
-
-    def __init__(self, network: nn.Module, activations: set[str]) -> None:
-        super().__init__()
-        self.activations = activations
-        self.reason = ""
-        self.seen: dict[int, Tensor] = {}
-        self.within: list[str] = []
-        self.handles = [handle for name, module in network.named_modules() for handle in self._follow(name, module)]
-
-    def _follow(self, name: str, module: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        def leave(*_: Any) -> None:
-            self.within.pop()
-
-        yield module.register_forward_pre_hook(lambda *_: self.within.append(name))
-        yield module.register_forward_hook(leave)
-
-    def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)  # type: ignore[no-untyped-call]
-        for handle in self.handles:
-            handle.remove()
-
-    def see(self, values: Any) -> None:
-        """Know these tensors from now on, and keep them, so that no other takes their identity."""
-        self.seen.update((id(tensor), tensor) for tensor in varying(values))
-
-    def __torch_function__(self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        inputs = varying((args, kwargs))
-        unknown = [tensor for tensor in inputs if id(tensor) not in self.seen]
-        output = func(*args, **kwargs)
-        if varying(output) and not self.reason:
-            where = f"layer {self.within[-1]!r}" if self.within and self.within[-1] else "it"
-            why = "uses what was computed out of sight (scripted, or by an autograd function)" if unknown else ""
-            why = why or self._wrong(func, args, kwargs, inputs)
-            self.reason = f"{where} {why}" if why else ""
-        self.see(output)
-        return output
-
-    def _wrong(self, func: Function, args: tuple[Any, ...], kwargs: Any, inputs: list[Tensor]) -> str:
-        name = name_of(func)
-        if name in self.activations or name in _POOLS or is_rectifier(func, args, kwargs):
-            return ""
-        if name not in _WEIGHTED | _SUMS | _SCALINGS | _MOVES:
-            return f"runs {name}, for which there is no rule"
-        if name not in _MANY and len(inputs) > 1:
-            return f"multiplies activations with each other ({name}), for which there is no rule"
-        if "div" in name and not varying(args[0]):
-            return f"divides by an activation ({name}), for which there is no rule"
-        if name == "batch_norm" and (args[1] is None or (args[5] if len(args) > 5 else kwargs.get("training"))):
-            return "normalises by the batch's own statistics, for which there is no rule"
+def _wrong(activations: set[str], func: Function, args: tuple[Any, ...], kwargs: Any) -> str:
+    """Why a call would be explained wrongly, or ""; `activations` are those that the rule at hand knows."""
+    name = name_of(func)
+    if name in activations or name in _POOLS or is_rectifier(func, args, kwargs):
         return ""
+    if name not in _WEIGHTED | _SUMS | _SCALINGS | _MOVES:
+        return f"runs {name}, for which there is no rule"
+    if name not in _MANY and len(varying((args, kwargs))) > 1:
+        return f"multiplies activations with each other ({name}), for which there is no rule"
+    if "div" in name and not varying(args[0]):
+        return f"divides by an activation ({name}), for which there is no rule"
+    if name == "batch_norm" and (args[1] is None or (args[5] if len(args) > 5 else kwargs.get("training"))):
+        return "normalises by the batch's own statistics, for which there is no rule"
+    return ""
 
 
-def _unsuited(network: nn.Module, example: Tensor, activations: set[str]) -> str:
-    """Why the rules here would not explain a network, naming the layer, or ""."""
-    x, survey = example.detach().requires_grad_(), _Survey(network, activations)
-    survey.see(x)
-    with torch.enable_grad(), survey:
-        logits = logits_of(network, x)
-    if survey.reason or id(logits) in survey.seen:
-        return survey.reason
-    return "its logits were computed out of sight (scripted, or by an autograd function)"
+def _needs(activations: set[str]) -> Callable[[nn.Module, Tensor, Mapping[str, Option]], str]:
+    return lambda network, example, options: survey(network, example, partial(_wrong, activations))
 
 
 # --- LRP
@@ -253,7 +202,7 @@ LRP_EPSILON = GradientMethod(
     points=lambda options: PIXELS,
     combine=times_input,
     under=_epsilon,
-    unsuited=lambda network, example, options: _unsuited(network, example, _THROUGH_ZERO),
+    unsuited=_needs(_THROUGH_ZERO),
 )
 DEEPLIFT = GradientMethod(
     "deeplift",
@@ -261,5 +210,5 @@ DEEPLIFT = GradientMethod(
     points=lambda options: PIXELS,
     combine=times_input,
     under=lambda options: RESCALE,
-    unsuited=lambda network, example, options: _unsuited(network, example, _THROUGH_ZERO | _ELEMENTWISE),
+    unsuited=_needs(_THROUGH_ZERO | _ELEMENTWISE),
 )

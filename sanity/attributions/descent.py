@@ -97,7 +97,15 @@ class Sequential:
     """
 
     redraws = True
-    memory, later, radius, shrink, ease, eased, certain, inner = 0.7, 0.85, 0.3, 0.1, 0.05, 0.6, 4.0, 100
+    memory = 0.7, 0.85
+    """Share of the averaged slope that is kept, at the first step and at the last."""
+    radius = 0.3, 0.03
+    """Half a side of the box, at the first step and at the last."""
+    ease, eased = 0.05, 0.6
+    """What the L1 weight is multiplied by at first, and the share of the run after which it is whole."""
+    certain = 4.0
+    inner, rate = 100, 0.05
+    """Adam's steps on the model and the largest of them; they cost no network evaluation."""
 
     def __init__(self, start: Tensor, settings: MaskSettings) -> None:
         self.point, self.steps, self.taken = start, settings.steps, 0
@@ -108,7 +116,7 @@ class Sequential:
     def update(self, odds: Tensor, gradient: Tensor) -> None:
         """Move the plane, then go to the minimum of the model around the current point."""
         done = self.taken / self.steps
-        kept = self.memory + (self.later - self.memory) * done
+        kept = self.memory[0] + (self.memory[1] - self.memory[0]) * done
         self.slope = kept * self.slope + (1 - kept) * gradient
         self.weight = kept * self.weight + 1 - kept
         self.point = self._solve(odds.clamp(max=self.certain), self.slope / self.weight, done)
@@ -121,14 +129,15 @@ class Sequential:
         return torch.stack(self.last).mean(0) if self.last else self.point
 
     def _solve(self, odds: Tensor, slope: Tensor, done: float) -> Tensor:
-        regulariser = replace(self.regulariser, l1=self.regulariser.l1 * self.ease ** max(0.0, 1 - done / self.eased))
-        radius = self.radius * self.shrink**done
+        eased = self.ease ** max(0.0, 1 - done / self.eased)
+        regulariser = replace(self.regulariser, l1=self.regulariser.l1 * eased)
+        radius = self.radius[0] * (self.radius[1] / self.radius[0]) ** done
         low, high = (self.point - radius).clamp(min=0), (self.point + radius).clamp(max=1)
         masks, moments = self.point, Moments(self.point, square_decay=0.99)
         for step in range(1, self.inner + 1):
             model = odds + dot(slope, masks - self.point)
             gradient = probability_gradient(model, slope) + regulariser.gradient(masks)
-            rate = min(0.05, radius) * (1 - step / (self.inner + 1))
+            rate = min(self.rate, radius) * (1 - step / (self.inner + 1))
             masks = torch.clamp(masks - rate * moments.direction(gradient), low, high)
         return masks
 

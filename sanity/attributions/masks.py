@@ -129,7 +129,9 @@ class Regulariser:
         """The sum or mean of |grad m|^beta, (N, 1, h, w) -> (N,)."""
         down, right = coarse.diff(dim=2), coarse.diff(dim=3)
         if self.isotropic:
-            powers = _squares(down, right) ** (self.beta / 2)
+            squares = _squares(down, right)
+            # the guard is for autograd, which makes 0 * inf of a flat mask's slope at beta under 2
+            powers = (squares.where(squares > 0, 1) ** (self.beta / 2)).where(squares > 0, 0)
             return self._weight(coarse) * powers.flatten(1).sum(1)
         return sum(
             (self._weight(d) * (d.abs() ** self.beta).flatten(1).sum(1) for d in (down, right)),

@@ -104,6 +104,7 @@ OCCLUSION = FunctionMethod(
     options={"positions": 14, "window": 0.15},
     call=occlusion,
     evaluations=_squares,
+    folds=True,
 )
 RISE = FunctionMethod(
     "rise",
@@ -112,4 +113,5 @@ RISE = FunctionMethod(
     options={"masks": 4000, "cells": 7, "probability": 0.5},
     call=rise,
     evaluations=_masks,
+    folds=True,
 )

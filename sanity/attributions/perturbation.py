@@ -204,4 +204,5 @@ MEANINGFUL_PERTURBATION = FunctionMethod(
     options=asdict(DEFAULT),
     call=meaningful_perturbation,
     evaluations=lambda options: int(options["steps"]),
+    folds=True,
 )

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from sanity.attributions.base import GradientMethod, Method, Option, Rule
 from sanity.attributions.gradients import PIXELS, mean_gradient
+from sanity.attributions.survey import Function, survey
 
 _RELUS = {
     torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu, F.relu_, F.relu6,
@@ -26,7 +27,6 @@ _CLAMPS = {
 }  # fmt: skip
 _THRESHOLDS = {F.threshold, torch.threshold, torch.threshold_}
 
-Function = Callable[..., Any]
 Act = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 """(z, rectify) -> what the network goes on with in place of rectify(z)."""
 
@@ -103,9 +103,10 @@ def count_rectifiers(network: nn.Module, example: Tensor) -> int:
 
 def needs_rectifiers(network: nn.Module, example: Tensor, options: Mapping[str, Option]) -> str:
     """Why a method that changes the rectifiers' backward pass does not suit a network, or ""."""
-    if count_rectifiers(network, example):
-        return ""
-    return "it runs no rectifier (ReLU, ReLU6, hardtanh, clamp), so it would be the plain gradient"
+    if not count_rectifiers(network, example):
+        return "it runs no rectifier (ReLU, ReLU6, hardtanh, clamp), so it would be the plain gradient"
+    # A rectifier that cannot be seen would keep its own backward pass.
+    return survey(network, example, lambda func, args, kwargs: "")
 
 
 class _Ruled(torch.autograd.Function):
