@@ -9,10 +9,10 @@ from sanity.registry import suggest
 
 VERBS = {
     "run": "randomize a network, explain again, compare",
-    "report": "pages, tables and figures from stored runs",
+    "report": "tables, figures and a page from stored runs",
     "gate": "is it still the same explainer? for continuous integration",
     "explain": "one image, one method",
-    "deletion": "what deleting the explained regions does to the class",
+    "deletion": "delete what maps point at, ask the network again",
     "train": "the small classifiers of the published experiments",
 }
 

@@ -262,9 +262,15 @@ def _other(name: str) -> Architecture:
 
 
 def _meta_state(name: str, options: dict[str, Any]) -> StateDict:
-    with torch.device("meta"):
+    def built() -> StateDict:
         state: StateDict = vision().models.get_model(name, weights=None, **options).state_dict()
-    return state
+        return state
+
+    try:
+        with torch.device("meta"):
+            return built()
+    except NotImplementedError:  # RegNets read a tensor's values while they are built
+        return built()
 
 
 # --- weights

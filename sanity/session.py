@@ -51,6 +51,7 @@ class Setting:
     verbose: bool
 
 
+FROZEN = ("frozen:METHOD", "any gradient-style method, LRP or DeepLIFT with activations frozen; Hara [p=80]")
 WHAT = ("model", "weights", "against", "images", "limit", "squash", "skip_bad_images", "target")
 RANDOMIZED = ("orders", "stages", "granularity", "reinit", "batchnorm", "redraw", "seeds")
 COMPARED = ("methods", "samples", "mask_steps", "similarities", "precision")
@@ -290,7 +291,7 @@ def listing() -> str:
             "models",
             [(m.name, m.source) for m in MODELS] + [("...", "any torchvision classifier, package.module:factory")],
         ),
-        ("methods", [(m.name, _about(m)) for m in attributions.registered().values()]),
+        ("methods", [*((m.name, _about(m)) for m in attributions.registered().values()), FROZEN]),
         ("orders", list(ORDERS.items())),
         ("re-initialisers", list(REINITIALISERS.items())),
         ("similarities", [(s.name, s.source) for s in similarity.SIMILARITIES]),

@@ -1,18 +1,24 @@
 import json
+import re
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
+from skimage.color import deltaE_ciede2000, rgb2lab
 
-from sanity.report import figures
+from sanity.report import figures, publication
 from sanity.report.curves import curve
 from sanity.report.figures import draw
-from sanity.report.looks import looks, safe
-from sanity.report.strips import CELL, GAP, strip
+from sanity.report.looks import COLOURS, CONTROLS, looks, safe
+from sanity.report.publication import STYLE, WIDTHS, panels, publish, spread
+from sanity.report.runs import read_all
+from sanity.report.strips import CELL, GAP, Stored, strip
 from sanity.summary import summarize
+from tests.stored import scores, store
 
 METHODS = (
     "gradient",
@@ -240,6 +246,36 @@ def test_lines_are_told_apart_by_more_than_colour():
     assert len({look.marker for look in found[:7]}) == len({look.colour for look in found[:7]}) == 7
 
 
+def linear(colours):
+    """sRGB hex -> linear light (N, 3). [IEC 61966-2-1]"""
+    values = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in colours]) / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+# Machado, Oliveira and Fernandes 2009, severity 1
+DEFICIENCIES = {
+    "none": np.eye(3),
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def test_lines_stand_out_from_paper():
+    """WCAG 2.2, success criterion 1.4.11: graphics at least 3:1 against white."""
+    luminance = linear([*COLOURS, *(look.colour for look in CONTROLS.values())]) @ [0.2126, 0.7152, 0.0722]
+    assert (1.05 / (luminance + 0.05) >= 3).all()
+
+
+@pytest.mark.parametrize("kind", DEFICIENCIES)
+def test_colours_are_told_apart_by_colour_blind_readers(kind):
+    seen = np.clip(linear(COLOURS) @ np.array(DEFICIENCIES[kind]).T, 0, 1)
+    encoded = np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055)
+    lab = rgb2lab(encoded)
+    apart = deltaE_ciede2000(lab[:, None], lab[None]) + 1e3 * np.eye(len(COLOURS))
+    assert apart.min() >= 16
+
+
 def test_curve_refuses_what_is_not_there():
     with pytest.raises(ValueError, match="no scores for order 'bottom_up' and similarity 'ssim'"):
         curve(summarize(some_rows(("gradient",), STAGES[:2])), "bottom_up", "ssim")
@@ -330,3 +366,107 @@ def test_pyplots_state_is_left_alone(run_folder):
     before = mpl.get_backend(auto_select=False)
     draw(run_folder)
     assert mpl.get_backend(auto_select=False) == before
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """One run's figures for a paper: of one similarity and one image."""
+    base = tmp_path_factory.mktemp("paper")
+    runs = read_all([store(base / "run", rows=scores(similarities=("ssim",)), shown=("a<b>&'c.jpg",))])
+    seen = []
+    files = publish(runs, base / "figures", lambda done, total: seen.append((done, total)))
+    assert seen == [(k, 4) for k in range(1, 5)]
+    return {file.name: file for file in files}
+
+
+def test_every_figure_of_a_paper_is_written_in_both_widths_and_formats(published, tmp_path):
+    stems = {file.stem for file in published.values() if file.suffix == ".pdf"}
+    assert stems == {
+        f"net_{kind}_{w}" for kind in ("curve_cascading_ssim", "strip_cascading_a_b_c.jpg") for w in WIDTHS
+    }
+    assert {file.stem for file in published.values() if file.suffix == ".svg"} == stems
+    captions = published["captions.txt"].read_text()
+    assert all(f"{name}: " in captions for name in stems)
+    assert "image a<b>&'c.jpg, explained class: class 2." in captions
+    (run,) = read_all([store(tmp_path / "run", orders=("cascading", "independent"))])
+    named = {stem for stem, _, _ in publication._jobs(run)}
+    assert len(named) == 2 * (2 * 2 + 1 + 2 * 2)
+    assert "net_curves_independent_2col" in named
+
+
+def test_papers_get_their_widths_and_embedded_fonts(published):
+    """Types 0 and 42 with the font's file inside; Type 3, which publishers refuse, nowhere."""
+    for name, file in published.items():
+        inches = WIDTHS["1col" if "_1col" in name else "2col"]
+        if name.endswith(".pdf"):
+            text = file.read_bytes()
+            box = re.search(rb"/MediaBox \[ ?0 0 ([\d.]+) ", text)
+            assert float(box[1]) == pytest.approx(72 * inches, abs=0.01)
+            fonts = re.findall(rb"/Subtype /(Type\w+|CIDFont\w+)", text)
+            assert set(fonts) == {b"Type0", b"CIDFontType2"}
+            assert text.count(b"/FontFile2") == fonts.count(b"CIDFontType2") > 0
+        elif name.endswith(".svg"):
+            text = file.read_text()
+            assert float(re.search(r'width="([\d.]+)pt"', text)[1]) == pytest.approx(72 * inches, abs=0.01)
+            assert "<text" not in text
+            assert "font-family" not in text
+
+
+def test_the_same_run_gives_the_same_files(published, tmp_path):
+    (run,) = read_all([published["captions.txt"].parents[1] / "run"])
+    again = publish([run], tmp_path)
+    assert {file.name: file.read_bytes() for file in again} == {n: f.read_bytes() for n, f in published.items()}
+
+
+@pytest.mark.parametrize(("width", "pictured"), [("1col", True), ("2col", False)])
+def test_nothing_of_a_papers_strip_is_cut_off(width, pictured):
+    maps = some_maps()
+    maps["meaningful_perturbation"][1:3] = 7
+    picture = np.zeros((20, 20, 3), np.uint8) if pictured else None
+    with mpl.rc_context(STYLE):
+        figure = publication.strip(Stored(maps, STAGES, picture), width)
+        figure.set_dpi(600)
+        assert texts_outside(figure) == []
+        assert overlaps(figure, {"gradient", "smoothgrad", "edges", "random"}) == []
+        assert min(t.get_fontsize() for t in figure.findobj(Text) if t.get_text().strip()) >= 5
+    hatched = [p for p in figure.axes[0].patches if p.get_hatch()]
+    assert len(hatched) == (2 if width == "2col" else 1)
+
+
+def test_one_column_shows_a_few_stages_the_first_and_last_among_them():
+    assert spread(4, 6) == [0, 1, 2, 3]
+    assert spread(18, 6) == [0, 1, 5, 9, 13, 17]
+    for stages in range(7, 40):
+        kept = spread(stages, 6)
+        assert kept == sorted(set(kept))
+        assert (len(kept), kept[0], kept[1], kept[-1]) == (6, 0, 1, stages - 1)
+
+
+@pytest.mark.parametrize(("order", "count"), [("cascading", 4), ("independent", 5), ("cascading", 1)])
+def test_panels_share_one_scale_and_cut_nothing(order, count):
+    similarities = ["ssim", "spearman", "spearman_abs", "hog", "of_ones_own"][:count]
+    rows = some_rows(METHODS[3:], STAGES[:9], (order,), similarities)
+    rows.loc[rows.index[-1], "value"] = -0.6
+    rows.loc[rows.query("similarity == 'ssim' and method == 'edges'").index[:4], ["value", "status"]] = [
+        np.nan,
+        "constant map",
+    ]
+    with mpl.rc_context(STYLE):
+        figure = panels(summarize(rows), order, similarities)
+        figure.set_dpi(300)
+        FigureCanvasAgg(figure).draw()
+        assert texts_outside(figure) == []
+    used = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(used) == count
+    assert len({axes.get_ylim() for axes in used}) == 1
+    assert used[0].get_title() == "SSIM"
+    names = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert ("edges (control) (4 NaN)" if count == 1 else "edges (control) (0 to 4 NaN)") in names
+    legend = figure.legends[0].get_window_extent()
+    assert not any(axes.get_tightbbox().overlaps(legend) for axes in used)
+
+
+def test_long_method_names_break_near_the_middle():
+    assert publication._broken("gradient") == "gradient"
+    assert publication._broken("integrated_gradients") == "integrated_\ngradients"
+    assert publication._broken("abcdefghijklmnop") == "abcdefghijklmnop"

@@ -164,6 +164,13 @@ def test_any_torchvision_classifier_has_a_head_and_preprocessing() -> None:
     assert classifier.stages == {}
 
 
+@pytest.mark.parametrize("name", ["regnet_y_400mf", "swin_t", "vit_b_32", "densenet121", "googlenet", "alexnet"])
+def test_the_head_of_any_classifier_is_its_last_layer(name: str) -> None:
+    head = models._other(name).head
+    last = {"swin_t": "head", "vit_b_32": "heads.head", "densenet121": "classifier", "alexnet": "classifier.6"}
+    assert head == last.get(name, "fc")
+
+
 def test_a_factory_brings_its_own_weights_and_preprocessing(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = models.load("tests.test_models:tiny")
     assert classifier.preprocess == Preprocessing(16, 12)

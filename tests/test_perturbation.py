@@ -174,7 +174,10 @@ def test_the_regulariser_is_its_definition_and_its_gradient_that_of_finite_diffe
 def test_a_flat_mask_has_no_variation_and_a_finite_slope(kind, shape):
     regulariser = Regulariser(l1=0.5, tv=1.0, beta=1.0, isotropic=kind == "isotropic", mean=True)
     flat = torch.full((1, 1, *shape), 0.25, dtype=torch.float64)
-    assert regulariser.value(flat).item() == 0.375
+    at = flat.clone().requires_grad_()
+    value = regulariser.value(at)
+    assert value.item() == 0.375
+    assert torch.equal(torch.autograd.grad(value.sum(), at)[0], regulariser.gradient(flat))
     assert torch.equal(regulariser.gradient(flat), torch.full_like(flat, -0.5 / flat.numel()))
 
 

@@ -15,6 +15,7 @@ from sanity.attributions import Inputs
 from sanity.attributions.rectifiers import count_rectifiers
 from sanity.engine import Engine
 from sanity.randomization import guarded
+from sanity.run import refuse_unsuited
 from tests.conftest import Awkward, seeded
 
 TARGETS = torch.tensor([2, 0, 3])
@@ -167,6 +168,27 @@ def test_every_use_of_a_rectifier_counts(awkward: nn.Module, pictures: Tensor) -
     assert count_rectifiers(awkward, pictures) == 5
     assert count_rectifiers(Twice(nn.ReLU()), pictures) == 2
     assert count_rectifiers(Twice(Scripted()), pictures) == 0
+
+
+class Own(torch.autograd.Function):
+    """A rectifier of one's own, with its own backward pass."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z > 0)
+        return z.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        return gradient * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("method", ["guided_backprop", "deconvnet", "frozen:gradient"])
+def test_a_rectifier_beyond_sight_is_refused_even_beside_others(pictures: Tensor, method: str) -> None:
+    words = f"method '{method}' does not suit this network: it uses what was computed out of sight"
+    with pytest.raises(ValueError, match=words):
+        refuse_unsuited([attributions.find(method)], Twice(Own.apply, F.relu), pictures[:1])
+    refuse_unsuited([attributions.find(method)], Twice(F.relu), pictures[:1])
 
 
 def lite0() -> nn.Module:

@@ -134,11 +134,11 @@ def _quoted(value: object) -> str:
 RULE = (
     f"Rule {RULE_VERSION} asks two things of each order that ends with everything random, and answers each with the "
     "95 % interval of the mean similarity to the trained network's map. With everything random, is the map still like "
-    "the trained one: above what the method's maps of different pictures show among themselves (null; in older runs what random maps "
-    f"show), plus a margin of {MARGIN}? With only the first stage random, is the map blind to it: above {BLIND}? fail: yes to either; pass: "
-    "no to both; inconclusive: an interval straddles its bar, too few maps could be scored, or the map is not even "
-    "like itself with untouched weights. The controls show both ends: edges, an edge detector, never looks at the "
-    "network; random draws new noise at every stage."
+    "the trained one: above what the method's maps of different pictures show among themselves (null; in older runs "
+    f"what random maps show), plus a margin of {MARGIN}? With only the first stage random, is the map blind to it: "
+    f"above {BLIND}? fail: yes to either; pass: no to both; inconclusive: an interval straddles its bar, too few maps "
+    "could be scored, or the map is not even like itself with untouched weights. The controls show both ends: edges, "
+    "an edge detector, never looks at the network; random draws new noise at every stage."
 )
 PAPER = """@inproceedings{adebayo2018sanity,
   author    = {Adebayo, Julius and Gilmer, Justin and Muelly, Michael and Goodfellow, Ian and Hardt, Moritz

@@ -89,7 +89,10 @@ def _curves(run: StoredRun) -> Iterator[Job]:
 
 def curve(summary: pd.DataFrame, order: str, similarity: str, name: str) -> Figure:
     """One similarity's curves; the legend stands below in one column, on the right in two."""
-    figure = Figure(figsize=(WIDTHS[name], 3.1 if name == "1col" else 2.5), layout="constrained")
+    methods = summary["method"].nunique()
+    below = 0.3 + 0.13 * -(-methods // 2) if name == "1col" else 0.1
+    height = (1.8 if name == "1col" else 2.0) + 0.75 * _longest(summary, order) + below
+    figure = Figure(figsize=(WIDTHS[name], height), layout="constrained")
     axes = figure.add_subplot()
     plot(axes, summary, order, similarity, SMALL)
     _titles(axes, order, similarity)
@@ -98,11 +101,19 @@ def curve(summary: pd.DataFrame, order: str, similarity: str, name: str) -> Figu
     return figure
 
 
+def _longest(summary: pd.DataFrame, order: str) -> float:
+    """Length of an order's longest stage name in inches."""
+    return max(_extent(str(name), SMALL)[0] for name in summary["stage"][summary["order"] == order].unique())
+
+
 def panels(summary: pd.DataFrame, order: str, similarities: Sequence[str]) -> Figure:
-    """All similarities side by side, at most 4 in a row, under one legend; two columns wide."""
-    across = min(len(similarities), 4 if len(similarities) % 3 else 3)
+    """All similarities side by side under one legend, at most 4 in a row, 2 if stages are many; two columns wide."""
+    part = summary[(summary["order"] == order) & summary["similarity"].isin(similarities)]
+    most = (4 if len(similarities) % 3 else 3) if part["stage_index"].nunique() <= 12 else 2
+    across = min(len(similarities), most)
     rows = -(-len(similarities) // across)
-    figure = Figure(figsize=(WIDTHS["2col"], 1.75 * rows + 0.75), layout="constrained")
+    height = rows * (1.45 + _longest(summary, order)) + 0.35 + 0.13 * -(-part["method"].nunique() // 4)
+    figure = Figure(figsize=(WIDTHS["2col"], height), layout="constrained")
     grid = figure.subplots(rows, across, squeeze=False)
     used = list(grid.flat)[: len(similarities)]
     for axes, similarity in zip(used, similarities, strict=True):
@@ -116,7 +127,6 @@ def panels(summary: pd.DataFrame, order: str, similarities: Sequence[str]) -> Fi
         axes.set_visible(axes in used)
     figure.supylabel("similarity", fontsize=SIZE)
     figure.supxlabel(reach(order), fontsize=SIZE)
-    part = summary[(summary["order"] == order) & summary["similarity"].isin(similarities)]
     names = [legend_name(own) for _, own in part.groupby("method", sort=False)]
     _legend(figure, grid.flat[0], names, loc="outside upper center", ncols=4)
     return figure

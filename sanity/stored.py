@@ -1,0 +1,77 @@
+"""A stored run, and whether another may be compared with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sanity.records import read_header, read_rows
+from sanity.registry import suggest
+
+IRRELEVANT = {"weights", "images", "limit", "skip_bad_images", "save_maps", "strips", "hide_pictures"}
+"""Parts of a plan that move no number, or that a hash speaks for."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stored run. fingerprints: None if it kept none."""
+
+    path: Path
+    header: Mapping[str, Any]
+    scores: pd.DataFrame
+    fingerprints: pd.DataFrame | None
+
+
+def read(path: Path) -> Run:
+    """Read a run's folder. Raises ValueError if there is none, or the run was not finished."""
+    header = read_header(path)
+    if header.get("status", "complete") != "complete":
+        raise ValueError(f"{path} holds an unfinished run (status {header['status']!r}); resume it first")
+    stored = path / "fingerprints.parquet"
+    return Run(path, header, read_rows(path / "scores.parquet"), read_rows(stored) if stored.exists() else None)
+
+
+def differences(baseline: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
+    """What two runs' headers differ in, of all that decides numbers: name -> the two values."""
+    hashes = {"weights": "weights_sha256", "images": "images_sha256", "protocol": "protocol_version"}
+    pairs = {name: (baseline.get(key), current.get(key)) for name, key in hashes.items()}
+    old, new = (header.get("plan", {}) for header in (baseline, current))
+    for name in dict.fromkeys([*old, *new]):
+        if name not in IRRELEVANT:
+            pairs[name] = (old.get(name), new.get(name))
+    return {name: _told(*pair) for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _told(old: Any, new: Any) -> str:
+    if isinstance(old, list) and isinstance(new, list):
+        parts = [[str(value) for value in one if value not in other] for one, other in ((old, new), (new, old))]
+        if any(parts):
+            return ", ".join(
+                f"{who} alone {' '.join(p)}" for who, p in zip(("baseline", "current"), parts, strict=True) if p
+            )
+    return " against ".join(_short(value) for value in (old, new))
+
+
+def _short(value: Any) -> str:
+    words = str(value)
+    return words if len(words) <= 40 else f"{words[:12]}…" if " " not in words else f"{words[:39]}…"
+
+
+def admit(baseline: Run, current: Run, allowed: Sequence[str]) -> dict[str, str]:
+    """Differences, all of them allowed. Raises ValueError that names those that are not."""
+    found = differences(baseline.header, current.header)
+    numbers = {name for name in baseline.header.get("plan", {}) if name not in IRRELEVANT}
+    known = sorted({"weights", "images", "protocol", "stages", *numbers, *found})
+    for name in allowed:
+        if name not in known:
+            raise ValueError(f"--allow: {suggest('difference', name, known)}")
+    refused = [name for name in found if name not in allowed]
+    if refused:
+        told = "; ".join(f"{name}: {found[name]}" for name in refused)
+        more = ",".join([*allowed, *refused])
+        raise ValueError(f"not the same experiment: {told} (to compare all the same: --allow {more})")
+    return found
