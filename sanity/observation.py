@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sanity import maps, similarity
 from sanity.attributions import Inputs
@@ -20,6 +21,7 @@ from sanity.randomization import Visit
 from sanity.records import Array, Key, Prediction, Score, Step
 from sanity.similarity import Description
 
+PANEL = 112
 CHUNK = 8
 """Images explained together through all stages: memory does not grow with the number of images."""
 
@@ -130,13 +132,16 @@ def predictions(classifier: Classifier, place: tuple[str, str, int, int, str], s
 
 
 def panels_of(seen: Seen, count: int) -> dict[tuple[str, str], Array]:
-    """Maps of the first `count` images as strips show them: int8 (H, W), by (image, method).
+    """Maps of the first `count` images as strips show them: int8 (h, w), by (image, method).
 
     127 is the 99th percentile of the map's absolute value; a map that cannot be scaled is -128 all over.
+    Large maps are averaged down by a whole factor, to at most PANEL pixels a side.
     """
     panels = {}
     for method, found in seen.maps.items():
-        scaled = _array(maps.clip_signed(maps.signed(found[: max(count, 0)])) * 127)
+        scaled = maps.clip_signed(maps.signed(found[: max(count, 0)])) * 127
+        factor = math.ceil(max(scaled.shape[1:]) / PANEL)
+        scaled = _array(F.avg_pool2d(scaled, factor, ceil_mode=True, count_include_pad=False))
         for image, panel in zip(seen.inputs.ids, scaled, strict=False):
             known = np.isfinite(panel).all()
             panels[image, method] = (panel.round() if known else np.full_like(panel, -128)).astype(np.int8)

@@ -272,3 +272,21 @@ def test_the_foreground_alone_can_be_compared(awkward: nn.Module, pictures: Tens
     # The pixels at the baseline are ties at the bottom in both maps, and lift the whole picture's correlation.
     assert last["spearman_abs"] > 0.5
     assert last["spearman_abs_foreground"] < last["spearman_abs"] - 0.2
+
+
+def test_display_maps_are_small_and_scaled() -> None:
+    from sanity.attributions import Inputs
+    from sanity.observation import Seen, panels_of
+
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 3, 250, 180, generator=generator)
+    maps[1] = 0
+    inputs = Inputs(maps, torch.zeros(2, dtype=torch.long), ("a", "b"))
+    shown = panels_of(Seen(inputs, torch.zeros(2, 2), {"mine": maps}), 2)
+    assert shown["a", "mine"].shape == (84, 60)
+    summed = maps[0].sum(0)
+    scaled = (summed / np.percentile(summed.abs().numpy(), 99)).clamp(-1, 1) * 127
+    assert shown["a", "mine"][0, 0] == pytest.approx(float(scaled[:3, :3].mean()), abs=0.51)
+    assert (shown["b", "mine"] == -128).all()
+    assert set(panels_of(Seen(inputs, torch.zeros(2, 2), {"mine": maps}), 1)) == {("a", "mine")}
+    assert not panels_of(Seen(inputs, torch.zeros(2, 2), {"mine": maps}), -8)
