@@ -240,9 +240,8 @@ def map_scores(baseline: pd.DataFrame, current: pd.DataFrame) -> tuple[pd.DataFr
     its second. map_scale: natural logarithm of the root mean square (.05 is 5 %). map_balance: sum over sum
     of absolute values. Raises ValueError for a table without one of the three looks.
     """
-    noise = set(baseline["seed"]) != set(current["seed"])
     old, new = _looks(baseline), _looks(current)
-    second = old["other"] if noise else old["again"]
+    second = old[_second(baseline, current)]
     tables = []
     for looks, partner in ((old, second), (new, new["first"])):
         maps = [_angular(old["first"], partner, c, name) for c, name in (("signed", "map"), ("absolute", "map_abs"))]
@@ -253,14 +252,20 @@ def map_scores(baseline: pd.DataFrame, current: pd.DataFrame) -> tuple[pd.DataFr
 
 def exact_methods(baseline: pd.DataFrame, current: pd.DataFrame) -> set[str]:
     """Methods that chance does not move: in both runs the second look, as `map_scores` picks it, is the first."""
-    second = "again" if set(baseline["seed"]) == set(current["seed"]) else "other"
-    looks = [_looks(rows) for rows in (baseline, current)]
+    looks, second = [_looks(rows) for rows in (baseline, current)], _second(baseline, current)
     repeats = pd.concat([_angular(look["first"], look[second], "signed", "") for look in looks])
     differing = repeats[repeats["status"].eq("ok") & (repeats["value"] < 1 - ROUNDING)]
     return set(repeats["method"]) - set(differing["method"])
 
 
+def _second(baseline: pd.DataFrame, current: pd.DataFrame) -> str:
+    return "again" if set(baseline["seed"]) == set(current["seed"]) else "other"
+
+
 def _looks(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    needed = {"model", "method", "image", "look", "target", "seed", "signed", "absolute", "rms", "balance", "status"}
+    if missing := sorted(needed - set(rows.columns)):
+        raise ValueError(f"fingerprints lack the columns {missing}")
     found = {str(look): part.set_index(["model", "method", "image"]) for look, part in rows.groupby("look")}
     if lacking := {"first", "again", "other"} - set(found):
         raise ValueError(f"fingerprints lack the look {min(lacking)!r}; they have {sorted(found)}")

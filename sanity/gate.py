@@ -62,28 +62,13 @@ def gate(
     if not 0 <= max_shift < 1:
         raise ValueError(f"--max-shift must be at least 0 and below 1, not {max_shift}")
     apart = admit(baseline, current, allowed)
-    notes = [f"{name} may differ and does: {words}" for name, words in apart.items()]
     columns = {COLUMNS[name] for name in apart if name in COLUMNS}
-    old, new = baseline.fingerprints, current.fingerprints
-    if why := _no_maps(baseline, current, apart):
-        old = new = None
-        notes.append(f"the trained network's maps are not compared: {why}")
     groups, findings = compare(baseline.scores, current.scores, max_shift, columns, alpha=ALPHA / 2)
-    if old is not None and new is not None:
-        # not so for scores: a random network turns rounding into something like chance
-        exact = exact_methods(old, new)
-        maps, unlike = compare(*map_scores(old, new), max_shift, columns & {"method"}, exact, ALPHA / 2)
-        groups = pd.concat([groups, maps], ignore_index=True)
-        findings += [one for one in unlike if one.kind != "class"]  # the scores have said so
     if OTHER_MAPS & set(apart):
         findings = [one for one in findings if one.kind != "class"]
-    findings += _stages(baseline.header, current.header)
-    if "seeds" in apart:
-        notes.append(_about_seeds(baseline.scores, current.scores))
-    notes.append(
-        f"{len(groups)} groups of cells, {groups['n'].sum()} pairs; changed: a shift above {max_shift:g}, its 95 % "
-        "interval beyond that, and Benjamini-Hochberg's q <= .025 within scores and within maps"
-    )
+    maps, unlike, notes = _maps(baseline, current, apart, max_shift)
+    groups = pd.concat([groups, maps], ignore_index=True)
+    findings += [*unlike, *_stages(baseline.header, current.header)]
     data = {
         "baseline": str(baseline.path),
         "current": str(current.path),
@@ -92,8 +77,27 @@ def gate(
         "findings": [asdict(one) for one in findings],
     }
     cases = [*_findings(findings), *_curves(groups, max_shift)]
+    notes = [*_differing(apart, baseline.scores, current.scores), *notes, *_rule(groups, max_shift)]
     title = f"{current.path} against {baseline.path}"
     return Outcome(title, ("largest shift", "at", "stages moved"), cases, tolerant, notes, data)
+
+
+def _maps(
+    baseline: Run, current: Run, apart: Mapping[str, str], max_shift: float
+) -> tuple[pd.DataFrame | None, list[Finding], list[str]]:
+    """Groups and findings of the trained network's maps, if these can be compared, or a note why not."""
+    old, new = baseline.fingerprints, current.fingerprints
+    if differing := [name for name in apart if name in OTHER_MAPS]:
+        return None, [], [f"the trained network's maps are not compared: {differing[0]} differs"]
+    if old is not None and new is None:
+        return None, [Finding("missing", "missing fingerprints.parquet of the trained network's maps", len(old))], []
+    if old is None or new is None:
+        return None, [], [f"the trained network's maps are not compared: no fingerprints.parquet in {baseline.path}"]
+    columns = {"method"} if "methods" in apart else set()
+    # not so for scores: a random network turns rounding into something like chance
+    exact = exact_methods(old, new)
+    groups, findings = compare(*map_scores(old, new), max_shift, columns, exact, ALPHA / 2)
+    return groups, [one for one in findings if one.kind != "class"], []
 
 
 def _stages(baseline: Mapping[str, Any], current: Mapping[str, Any]) -> list[Finding]:
@@ -115,19 +119,24 @@ def _stages(baseline: Mapping[str, Any], current: Mapping[str, Any]) -> list[Fin
     return found
 
 
-def _about_seeds(old: pd.DataFrame, new: pd.DataFrame) -> str:
-    common = sorted(set(old["seed"]) & set(new["seed"]))
-    if common:
-        return f"only seeds {' '.join(map(str, common))} are compared"
-    return "no seed in common: images are paired, seeds are two samples"
+def _differing(apart: Mapping[str, str], old: pd.DataFrame, new: pd.DataFrame) -> list[str]:
+    """Notes on what was allowed to differ."""
+    notes = [f"{name} may differ and does: {words}" for name, words in apart.items()]
+    if "seeds" in apart:
+        common = " ".join(map(str, sorted(set(old["seed"]) & set(new["seed"]))))
+        alone = "no seed in common: images are paired, seeds are two samples"
+        notes.append(f"only seeds {common} are compared" if common else alone)
+    return notes
 
 
-def _no_maps(baseline: Run, current: Run, apart: Mapping[str, str]) -> str:
-    """Why maps cannot be compared, or nothing."""
-    if differing := [name for name in apart if name in OTHER_MAPS]:
-        return f"{differing[0]} differs"
-    lacking = [str(run.path) for run in (baseline, current) if run.fingerprints is None]
-    return f"no fingerprints.parquet in {' and '.join(lacking)}" if lacking else ""
+def _rule(groups: pd.DataFrame, max_shift: float) -> list[str]:
+    """Notes on how the verdicts came about, and what would make them surer."""
+    rule = (
+        f"{len(groups)} groups of cells, {groups['n'].sum()} pairs; changed: a shift above {max_shift:g}, its 95 % "
+        "interval beyond that, and Benjamini-Hochberg's q <= .025 within scores and within maps"
+    )
+    advice = "inconclusive: more images, or more seeds, would narrow the intervals"
+    return [rule, advice] if (groups["verdict"] == INCONCLUSIVE).any() else [rule]
 
 
 # --- what is told
@@ -275,11 +284,11 @@ def command(arguments: Sequence[str]) -> int:
     values = parser().parse_args(arguments)
     found = _found(values)
     if values.junit:
-        values.junit.write_text(found.to_junit())
+        values.junit.write_text(found.to_junit(), encoding="utf-8")
     if values.markdown:
-        with values.markdown.open("a") as file:
+        with values.markdown.open("a", encoding="utf-8") as file:
             file.write(found.to_markdown())
-    print(found.to_json() if values.json else found.to_terminal())
+    print(found.to_json() if values.json else found.to_terminal(), end="")
     return found.exit_code
 
 

@@ -112,11 +112,7 @@ def compare(plan: Plan, classifier: Classifier, key: Key, visit: Visit, original
     alone = visit.index or len(seen.inputs.ids) < 2
     unrelated = [] if alone else scored({pair: similarity.rolled(one) for pair, one in originals.items()})
     panels = panels_of(seen, plan.strips - key.chunk * CHUNK) if key.seed == plan.seeds[0] else {}
-    raw = {
-        f"{key.order}/{key.seed}/{key.stage_index:02d} {visit.stage.name}/{m}": _array(a)
-        for m, a in seen.maps.items()
-        if plan.save_maps
-    }
+    raw = {f"{key.order}/{key.seed}/{visit.stage.name}/{m}": _array(a) for m, a in seen.maps.items() if plan.save_maps}
     said = list(predictions(classifier, place, seen))
     return Step(key, visit.stage.name, scored(described), said, panels, raw, visit.unchanged, unrelated)
 
@@ -137,9 +133,9 @@ def panels_of(seen: Seen, count: int) -> dict[tuple[str, str], Array]:
     127 is the 99th percentile of the map's absolute value; a map that cannot be scaled is -128 all over.
     Large maps are averaged down by a whole factor, to at most PANEL pixels a side.
     """
-    panels = {}
-    for method, found in seen.maps.items():
-        scaled = maps.clip_signed(maps.signed(found[: max(count, 0)])) * 127
+    panels: dict[tuple[str, str], Array] = {}
+    for method, found in seen.maps.items() if count > 0 else ():
+        scaled = maps.clip_signed(maps.signed(found[:count])) * 127
         factor = math.ceil(max(scaled.shape[1:]) / PANEL)
         scaled = _array(F.avg_pool2d(scaled, factor, ceil_mode=True, count_include_pad=False))
         for image, panel in zip(seen.inputs.ids, scaled, strict=False):

@@ -75,7 +75,8 @@ class Outcome:
         table = [["", "", "verdict", *self.columns], *rows] if rows else []
         width = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, width, strict=True)).rstrip() for row in table]
-        return "\n".join([self.headline, *lines, *filter(None, [more]), *(f"note: {note}" for note in self.notes)])
+        notes = [f"note: {note}" for note in self.notes]
+        return "\n".join([self.headline, *lines, *filter(None, [more]), *notes]) + "\n"
 
     def to_markdown(self) -> str:
         """The same as a job summary."""
@@ -99,7 +100,7 @@ class Outcome:
             for case in cases:
                 self._add_case(suite, case)
         ElementTree.indent(root)
-        return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+        return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True).decode() + "\n"
 
     def _suites(self) -> list[str]:
         return list(dict.fromkeys(case.suite for case in self.cases))

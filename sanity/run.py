@@ -22,7 +22,7 @@ from sanity.observation import CHUNK, compare, describe, dtype_of, explained, fi
 from sanity.plan import DEFAULT_METHODS, Members, Plan, read_yaml
 from sanity.randomization import Draws, Other, guarded, randomized, reinitialiser, steps
 from sanity.records import Key, Score, Step, to_table
-from sanity.stages import Stage, derived, grouped, select, written_out
+from sanity.stages import Stage, derived, grouped, select, untouched, written_out
 
 
 def run(
@@ -128,7 +128,8 @@ def check(
     any other field of `Plan`, such as orders, similarities, seeds, samples, reinit. The model is used on
     its own device and left exactly as it was. Raises ValueError for anything that makes no sense.
 
-    The columns are those of `scores.parquet`; `sanity.summarize` and `sanity.verdicts` take the frame.
+    The columns are those of `scores.parquet`; `sanity.summarize` and `sanity.verdicts` take the frame. Its
+    `attrs["untouched_parameters"]` lists what no stage reached, and so was never random.
     """
     fixed = {"target": "label"} if labels is not None else {}
     listed = stages if isinstance(stages, str | int | Mapping) else tuple(stages)
@@ -143,6 +144,7 @@ def check(
     taken = list(walk)
     frame: pd.DataFrame = to_table([score for step in taken for score in step.scores], Score).to_pandas()
     # Travels with the frame, so that `sanity.verdicts(frame)` knows what maps of different images show.
+    frame.attrs["untouched_parameters"] = list(untouched(model, found))
     frame.attrs["unrelated"] = [score._asdict() for step in taken for score in step.unrelated]
     return frame
 

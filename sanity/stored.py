@@ -14,6 +14,7 @@ from sanity.registry import suggest
 
 IRRELEVANT = {"weights", "images", "limit", "skip_bad_images", "save_maps", "strips", "hide_pictures"}
 """Parts of a plan that move no number, or that a hash speaks for."""
+UNORDERED = {"methods", "orders", "similarities"}
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,14 @@ def differences(baseline: Mapping[str, Any], current: Mapping[str, Any]) -> dict
     old, new = (header.get("plan", {}) for header in (baseline, current))
     for name in dict.fromkeys([*old, *new]):
         if name not in IRRELEVANT:
-            pairs[name] = (old.get(name), new.get(name))
+            pairs[name] = (_value(name, old), _value(name, new))
     return {name: _told(*pair) for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _value(name: str, plan: Mapping[str, Any]) -> Any:
+    """A plan's value; the order of methods and their like moves no number (that of seeds does: the noise)."""
+    value = plan.get(name)
+    return sorted(map(str, value)) if isinstance(value, list) and name in UNORDERED else value
 
 
 def _told(old: Any, new: Any) -> str:

@@ -74,8 +74,9 @@ def test_a_run_leaves_table_figures_and_manifest(place: Path, capsys: pytest.Cap
     assert header["packages"]["torch"] == torch.__version__.split("+")[0]
     assert sum(header["counts"].values()) == 3 * 8 * 4 * 2 * 4
     maps = load_file("out/maps.safetensors")
-    assert maps["cascading/0/01 7/gradient"].shape == (3, 3, 20, 20)
-    assert maps["cascading/0/01 7/gradient"].dtype == np.float32
+    assert set(maps) >= {f"{order}/0/{stage}/edges" for order in ("cascading", "independent") for stage in "037"}
+    assert maps["cascading/0/7/gradient"].shape == (3, 3, 20, 20)
+    assert maps["cascading/0/7/gradient"].dtype == np.float32
     said = pd.read_parquet("out/predictions.parquet")
     assert len(said) == 3 * 2 * 4
     shown = capsys.readouterr().out

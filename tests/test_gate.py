@@ -387,13 +387,17 @@ def test_fingerprints_lacking_a_look_are_refused():
     whole = looks(grids(0))
     with pytest.raises(ValueError, match=r"lack the look 'again'; they have \['first', 'other'\]"):
         map_scores(whole, whole[whole["look"] != "again"])
+    with pytest.raises(ValueError, match=r"fingerprints lack the columns \['rms', 'signed'\]"):
+        map_scores(whole, whole.drop(columns=["rms", "signed"]))
 
 
 def test_a_map_that_scores_cannot_tell_is_told_by_its_fingerprint():
     rows, mirrored = scores(), grids(0).reshape(-1, 8, 8)[:, :, ::-1].reshape(-1, 64)
     blind = gate(a_run(rows), a_run(rows))
     assert blind.exit_code == 0
-    assert any("no fingerprints.parquet in run and run" in note for note in blind.notes)
+    assert "the trained network's maps are not compared: no fingerprints.parquet in run" in blind.notes
+    (lost,) = [c for c in gate(a_run(rows, looks(grids(0))), a_run(rows)).cases if c.verdict == "changed"]
+    assert lost.cells[-1] == "missing fingerprints.parquet of the trained network's maps"
     found = gate(a_run(rows, looks(grids(0))), a_run(rows, looks(mirrored)))
     assert (found.verdict, found.exit_code) == ("changed", 1)
     assert [case.name for case in found.cases if case.verdict == "changed"] == ["gradient, map", "gradient, map_abs"]
@@ -435,6 +439,8 @@ def test_different_experiments_are_refused_with_what_differs_unless_allowed(chan
 
 def test_what_moves_no_number_is_not_asked():
     assert differences(header(), header(strips=0, images="/elsewhere/photos")) == {}
+    assert differences(header(methods=["a", "b"]), header(methods=["b", "a"])) == {}
+    assert differences(header(seeds=[0, 1]), header(seeds=[1, 0])) == {"seeds": "[0, 1] against [1, 0]"}
 
 
 def test_unknown_names_to_allow_are_refused():

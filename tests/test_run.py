@@ -39,6 +39,7 @@ def test_rows_are_long_form_one_a_picture(awkward: nn.Module, pictures: Tensor) 
     assert len(rows) == 3 * 2 * 2 * 2 * 2 * 5
     assert rows["stage"].unique().tolist() == ["trained", "head", "right", "left", "stem.0"]
     assert rows["value"].dtype == np.float64
+    assert rows.attrs["untouched_parameters"] == ["unused.weight", "unused.bias"]
     assert set(rows["image"]) == {"image-000", "image-001", "image-002"}
 
 
