@@ -262,13 +262,19 @@ LONG = [*SMALL, "--methods", "gradient", "smoothgrad", "random", "tests.test_cli
 
 def start(output: str, *more: str) -> subprocess.Popen[str]:
     root = str(Path(__file__).resolve().parents[1])
-    program = [
-        sys.executable,
-        "-c",
-        f"import sys; sys.path.insert(0, {root!r}); from sanity.run import main; sys.exit(main())",
-    ]
+    # A test run in the background of a shell inherits an ignored SIGINT; a person's terminal does not.
+    program = f"""
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.path.insert(0, {root!r})
+from sanity.run import main
+sys.exit(main())
+"""
     return subprocess.Popen(
-        [*program, *LONG, "--output", output, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, *LONG, "--output", output, *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
