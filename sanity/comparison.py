@@ -67,8 +67,7 @@ def compare(
     each missing, extra or newly unscored cell is a finding. Raises ValueError for missing columns, cells
     given twice, and tables without a common cell.
     """
-    _check(baseline, "baseline")
-    _check(current, "current")
+    baseline, current = _checked(baseline, "baseline"), _checked(current, "current")
     seeds = set(baseline["seed"]) & set(current["seed"])
     spread = pd.DataFrame() if seeds else _spread(baseline) + _spread(current)
     if not seeds:
@@ -77,11 +76,14 @@ def compare(
     return _judged(_shifts(both, spread), max_shift, exact if seeds else (), alpha), findings
 
 
-def _check(rows: pd.DataFrame, name: str) -> None:
+def _checked(rows: pd.DataFrame, name: str) -> pd.DataFrame:
     if missing := sorted({*CELL, "stage_index", "target", "value", "status"} - set(rows.columns)):
         raise ValueError(f"the {name} run's scores lack the columns {missing}")
     if (twice := rows.duplicated(CELL)).any():
         raise ValueError(f"the {name} run holds a cell twice: {_example(rows[twice])}")
+    rows = rows.copy()
+    rows.attrs = {}  # which pandas would copy at every step
+    return rows
 
 
 def pair(

@@ -75,14 +75,14 @@ def fingerprints(
     Costs three stages of one seed. Best taken after the run itself: what its explainers left behind in the
     network then shows.
     """
-    engine = Engine(plan.explainers(), batch_size)
     chunk = images.limit(CHUNK)
     other = replace(plan, seeds=(plan.seeds[0] ^ OTHER,))
     looks = {"first": plan, "again": plan, "other": other}
     found = []
     with guarded(classifier.network, device, dtype_of(plan)):
         for look, how in looks.items():
-            seen = first_look(engine, how, classifier, chunk, device)
+            # an engine of its own, so that no look can be the memory of another
+            seen = first_look(Engine(plan.explainers(), batch_size), how, classifier, chunk, device)
             targets = seen.inputs.targets.tolist()
             for method, attributions in seen.maps.items():
                 for image, target, values in zip(chunk.ids, targets, described(attributions), strict=True):

@@ -211,7 +211,7 @@ def expectations(text: str, methods: Collection[str], similarities: Collection[s
 
 def expect(run: Run, text: str, tolerant: bool = False) -> Outcome:
     """Check a run's verdicts (`summary.verdicts`), under every order that has one, against what is expected."""
-    found = summary.verdicts(run.scores)
+    found = summary.verdicts(run.scores, run.unrelated)
     if found.empty:
         raise ValueError(f"{run.path} has no verdict: no order in it ends with all weights random")
     wanted = expectations(text, list(found["method"].unique()), list(found["similarity"].unique()))

@@ -100,7 +100,8 @@ class Outcome:
             for case in cases:
                 self._add_case(suite, case)
         ElementTree.indent(root)
-        return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True).decode() + "\n"
+        written: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+        return written.decode() + "\n"
 
     def _suites(self) -> list[str]:
         return list(dict.fromkeys(case.suite for case in self.cases))

@@ -165,7 +165,8 @@ def examine(model: nn.Module, images: Tensor, method: Any, choices: Mapping[str,
         "weights_sha256": classifier.weights_sha256,
         "images_sha256": pictures.digest,
     }
-    return Run(Path("this test"), header, scores, pd.DataFrame(looks))
+    unrelated = pd.DataFrame(scores.attrs.get("unrelated", []))
+    return Run(Path("this test"), header, scores, pd.DataFrame(looks), unrelated if len(unrelated) else None)
 
 
 def folder_of(root: Path, node: str, call: int) -> Path:
@@ -183,10 +184,12 @@ def _store(folder: Path, run: Run) -> None:
     from sanity.records import Score, schema, write_json
 
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pandas(run.scores, schema(Score), preserve_index=False), folder / "scores.parquet")
-    looks = run.fingerprints
-    if looks is not None:
-        fingerprints.write(folder / fingerprints.FILE, looks.itertuples(index=False))
+    for name, rows in (("scores", run.scores), ("unrelated", run.unrelated)):
+        if rows is not None:
+            plain = pa.table({field: rows[field] for field in Score._fields}, schema(Score))
+            pq.write_table(plain, folder / f"{name}.parquet")
+    if run.fingerprints is not None:
+        fingerprints.write(folder / fingerprints.FILE, run.fingerprints.itertuples(index=False))
     write_json(folder / "run.json", run.header)
 
 

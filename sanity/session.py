@@ -28,6 +28,8 @@ from sanity.run import keys, prepare, run
 from sanity.stages import Stage
 
 DEFAULT_OUTPUT = "sanity_run"
+CPU_BATCH = 4
+"""Measured: more evaluations at a time make tensors that the C library maps anew from the system, page by page."""
 INTRODUCTION = """Does an explanation depend on the network? Replace the network's weights by random ones, stage by
 stage, explain the same pictures again, and measure how alike the maps stay (Adebayo et al. 2018).
 
@@ -125,7 +127,7 @@ def setting_of(values: Namespace) -> Setting:
         raise ValueError(f"--device {device}: torch {torch.__version__} sees {seen} GPU here; use --device cpu")
     size = values.batch_size
     if size == "auto":
-        size = 8 if device == "cpu" else 64
+        size = CPU_BATCH if device == "cpu" else 64
     if not str(size).isdecimal() or not 1 <= int(size) <= 10**6:
         raise ValueError(f"--batch-size must be auto or a whole number from 1, not {size!r}")
     return Setting(device, int(size), _output(values.output, values.resume), values.resume, values.verbose)

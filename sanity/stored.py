@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from sanity.records import read_header, read_rows
+from sanity.records import read_header, read_rows, read_unrelated
 from sanity.registry import suggest
 
 IRRELEVANT = {"weights", "images", "limit", "skip_bad_images", "save_maps", "strips", "hide_pictures"}
@@ -19,12 +19,13 @@ UNORDERED = {"methods", "orders", "similarities"}
 
 @dataclass(frozen=True)
 class Run:
-    """A stored run. fingerprints: None if it kept none."""
+    """A stored run. fingerprints: of the trained maps; unrelated: what verdicts judge by; None if not kept."""
 
     path: Path
     header: Mapping[str, Any]
     scores: pd.DataFrame
-    fingerprints: pd.DataFrame | None
+    fingerprints: pd.DataFrame | None = None
+    unrelated: pd.DataFrame | None = None
 
 
 def read(path: Path) -> Run:
@@ -33,7 +34,8 @@ def read(path: Path) -> Run:
     if header.get("status", "complete") != "complete":
         raise ValueError(f"{path} holds an unfinished run (status {header['status']!r}); resume it first")
     stored = path / "fingerprints.parquet"
-    return Run(path, header, read_rows(path / "scores.parquet"), read_rows(stored) if stored.exists() else None)
+    looks = read_rows(stored) if stored.exists() else None
+    return Run(path, header, read_rows(path / "scores.parquet"), looks, read_unrelated(path))
 
 
 def differences(baseline: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
@@ -48,8 +50,11 @@ def differences(baseline: Mapping[str, Any], current: Mapping[str, Any]) -> dict
 
 
 def _value(name: str, plan: Mapping[str, Any]) -> Any:
-    """A plan's value; the order of methods and their like moves no number (that of seeds does: the noise)."""
-    value = plan.get(name)
+    """A plan's value, None where it is off or was not yet known.
+
+    The order of methods and their like moves no number; that of seeds does, as the first names the noise.
+    """
+    value = plan.get(name) or None
     return sorted(map(str, value)) if isinstance(value, list) and name in UNORDERED else value
 
 
