@@ -137,8 +137,8 @@ def panels_of(seen: Seen, count: int) -> dict[tuple[str, str], Array]:
     for method, found in seen.maps.items() if count > 0 else ():
         scaled = maps.clip_signed(maps.signed(found[:count])) * 127
         factor = math.ceil(max(scaled.shape[1:]) / PANEL)
-        scaled = _array(F.avg_pool2d(scaled, factor, ceil_mode=True, count_include_pad=False))
-        for image, panel in zip(seen.inputs.ids, scaled, strict=False):
+        small = _array(F.avg_pool2d(scaled, factor, ceil_mode=True, count_include_pad=False))
+        for image, panel in zip(seen.inputs.ids, small, strict=False):
             known = np.isfinite(panel).all()
             panels[image, method] = (panel.round() if known else np.full_like(panel, -128)).astype(np.int8)
     return panels

@@ -11,8 +11,8 @@ import pytest
 
 # loaded here because pytester forgets what a session inside loads, and these cannot be loaded twice
 import sanity.fingerprints
-import sanity.gate
 import sanity.run  # noqa: F401
+from sanity.gate import main
 from sanity.pytest_plugin import folder_of
 
 pytest_plugins = "pytester"
@@ -110,7 +110,9 @@ def test_a_baseline_is_stored_then_met_then_missed(project, pytester):
     )
     project(a_test(), *where, "--sanity-update").assert_outcomes(passed=1)
     (folder,) = (pytester.path / "stored").iterdir()
-    assert {path.name for path in folder.iterdir()} == {"run.json", "scores.parquet", "fingerprints.parquet"}
+    names = {"run.json", "scores.parquet", "unrelated.parquet", "fingerprints.parquet"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert main(["--verdicts", str(folder), "--expect", "gradient:spearman=pass"]) == 0
     project(a_test(), *where).assert_outcomes(passed=1)
     # the same test, an explainer of the same name that now explains the next class
     wrong = a_test().replace(
