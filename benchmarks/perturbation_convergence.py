@@ -7,15 +7,18 @@ All schemes minimise the paper's objective for EfficientNet-Lite0 and the class 
 objective itself, its expectation over all 16 shifts of the picture, and not the one noisy shift that a step sees;
 measuring it costs evaluations that are not counted. The goal: what Adam reaches in 300 evaluations, reached in 50.
 Writes results/benchmarks/perturbation_convergence/: convergence.png, convergence.csv (a row for each scheme, photograph
-and number of evaluations), convergence.md and manifest.json. A quarter of an hour on one core.
+and number of evaluations), convergence.md and manifest.json. A quarter of an hour on one core; what was killed goes
+on, when the same command is given again, with the scheme it stopped in.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -72,25 +75,26 @@ def measured(
                 yield {"evaluations": step, "image": name, "objective": value}
 
 
-def converge(sources: list[str], limit: int | None, steps: int, batch: int, seed: int) -> pd.DataFrame:
-    """Rows of all schemes on all photographs: scheme, evaluations, image, objective."""
+def converge(sets: list[images.Images], schemes: dict[str, MaskSettings], seed: int, partial: Path) -> pd.DataFrame:
+    """Rows of all schemes on all photographs: scheme, evaluations, image, objective; kept in `partial` meanwhile."""
     classifier = models.load("efficientnet_lite0")
     network = classifier.network.eval()
-    sets = [chunk for source in sources for chunk in images.find(source, limit=limit).chunks(batch)]
-    schemes = {
-        name: replace(s, steps=min(s.steps, steps)) if s.optimiser != "sequential" else s for name, s in SCHEMES.items()
-    }
-    rows: list[dict[str, object]] = []
+    rows = pd.read_csv(partial) if partial.is_file() else pd.DataFrame(columns=["scheme", "image"])
+    done = set(zip(rows.scheme, rows.image, strict=True))
     with tqdm(total=len(sets) * sum(s.steps for s in schemes.values()), unit="evaluation", smoothing=0.05) as bar:
-        for chosen in sets:
+        for chosen, (name, settings) in product(sets, schemes.items()):
+            bar.set_description(name)
+            if (name, chosen.ids[0]) in done:
+                bar.update(settings.steps)
+                continue
             pixels = chosen.load(classifier.preprocess)
             with torch.no_grad():
                 targets = network(pixels).argmax(1)
             inputs = Inputs(pixels, targets, chosen.ids, seed=seed)
-            for name, settings in schemes.items():
-                bar.set_description(name)
-                rows += [{"scheme": name, **row} for row in measured(network, inputs, settings, bar)]
-    return pd.DataFrame(rows)
+            found = [{"scheme": name, **row} for row in measured(network, inputs, settings, bar)]
+            rows = pd.concat([rows, pd.DataFrame(found)]) if len(rows) else pd.DataFrame(found)
+            rows.to_csv(partial, index=False)
+    return rows
 
 
 def compared(rows: pd.DataFrame) -> pd.DataFrame:
@@ -195,20 +199,28 @@ def main() -> None:
     if options.steps not in MARKS or options.steps < GOAL_AT:
         parser.error(f"--steps must be one of {', '.join(str(m) for m in MARKS if m >= GOAL_AT)}, not {options.steps}")
     torch.set_num_threads(options.threads)
-    clock = Clock()
-    rows = converge(options.images, options.limit, options.steps, options.batch_size, options.seed)
-    options.output.mkdir(parents=True, exist_ok=True)
-    rows.to_csv(options.output / "convergence.csv", index=False, float_format="%.6g")
-    (options.output / "convergence.md").write_text(written(rows))
-    draw(rows, options.output / "convergence.png")
+    clock, output = Clock(), options.output
+    sets = [s for source in options.images for s in images.find(source, limit=options.limit).chunks(options.batch_size)]
+    schemes = {
+        name: s if s.optimiser == "sequential" else replace(s, steps=min(s.steps, options.steps))
+        for name, s in SCHEMES.items()
+    }
+    identity = repr((schemes, options.seed, [chosen.digest for chosen in sets], torch.__version__))
+    output.mkdir(parents=True, exist_ok=True)
+    partial = output / f".partial-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.csv"
+    rows = converge(sets, schemes, options.seed, partial)
+    rows.to_csv(output / "convergence.csv", index=False, float_format="%.6g")
+    (output / "convergence.md").write_text(written(rows))
+    draw(rows, output / "convergence.png")
     manifest = {
         "command": " ".join(["python", *sys.argv]),
         "seed": options.seed,
-        "schemes": {name: asdict(settings) for name, settings in SCHEMES.items()},
+        "schemes": {name: asdict(settings) for name, settings in schemes.items()},
         **clock.stamp(),
         **environment(),
     }
-    write_json(options.output / "manifest.json", manifest)
+    write_json(output / "manifest.json", manifest)
+    partial.unlink()
     print(written(rows))
 
 
