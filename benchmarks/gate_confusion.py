@@ -1,6 +1,6 @@
 """Does the gate see planted faults, and does it stay silent when nothing but chance differs?
 
-    python benchmarks/gate_confusion.py            about ten minutes on one core
+    python benchmarks/gate_confusion.py            about seven minutes on one core
 
 A small network learns coloured digits in seconds. Faults are planted in its explainers, one at a time, and the
 gate compares each with the sound run; then the sound run is repeated with other noise, threads and batch sizes.
@@ -13,6 +13,8 @@ import sanity  # noqa: F401  (sets how OpenMP waits, before torch is loaded)
 
 # isort: split
 import argparse
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -255,12 +257,15 @@ class Bench:
         stages = prepare(plan, classifier, pictures)
         kept = tuple(stage for stage in stages if stage.name != fault.skip)
         kept = tuple(replace(s, parameters=()) if s.name == fault.frozen else s for s in kept)
-        rows = [score for step in run(plan, classifier, pictures, kept, batch_size=batch_size) for score in step.scores]
+        steps = list(run(plan, classifier, pictures, kept, batch_size=batch_size))
+        rows = [score for step in steps for score in step.scores]
         header = {
             "plan": {**plan.as_dict(), "methods": list(chosen)},
             "protocol_version": PROTOCOL_VERSION,
             "weights_sha256": classifier.weights_sha256,
             "images_sha256": pictures.digest,
+            "stages": {stage.name: list(stage.parameters) for stage in kept},
+            "unchanged_parameters": {str(step.key): list(step.unchanged) for step in steps if step.unchanged},
         }
         found = fingerprints(plan, classifier, pictures, batch_size=batch_size)
         return Run(Path(fault.name), header, to_table(rows, Score).to_pandas(), pd.DataFrame(found))
@@ -332,10 +337,14 @@ VERDICTS = (CHANGED, INCONCLUSIVE, SAME)
 
 def told(rows: pd.DataFrame) -> str:
     """The confusion table, and the faults one by one."""
-    lines = ["| runs compared | n | changed | inconclusive | same |", "|---|---|---|---|---|"]
+    heads = ["runs compared", "n", *VERDICTS, *(f"groups {verdict}" for verdict in VERDICTS)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for (runs, kind), part in rows.groupby(["runs", "kind"], sort=False):
-        counts = " | ".join(str((part["verdict"] == verdict).sum()) for verdict in VERDICTS)
-        lines.append(f"| {runs}, {kind} | {len(part)} | {counts} |")
+        counts = [str((part["verdict"] == verdict).sum()) for verdict in VERDICTS]
+        groups = [f"{part[f'groups_{verdict}'].mean():.1f}" for verdict in VERDICTS]
+        lines.append(f"| {runs}, {kind} | {' | '.join([str(len(part)), *counts, *groups])} |")
+    lines += ["", "Groups of cells (a method, similarity and stage; a mean over the n comparisons) bear the verdicts;"]
+    lines += ["a comparison's is the worst of its groups' and of missing, extra or newly NaN cells."]
     faults = rows[rows["runs"] == "a fault"]
     kinds = list(faults["kind"].unique())
     lines += ["", f"| fault | {' | '.join(kinds)} | changed are (same seeds) |", "|---" * (2 + len(kinds)) + "|"]
@@ -368,7 +377,8 @@ def main() -> None:
         "reruns": values.reruns,
         "max_shift": MAX_SHIFT,
     }
-    write_json(values.output / "manifest.json", {**about, **clock.stamp(), **environment()})
+    command = shlex.join(["python", "benchmarks/gate_confusion.py", *sys.argv[1:]])
+    write_json(values.output / "manifest.json", {"command": command, **about, **clock.stamp(), **environment()})
     print(told(rows))
 
 
