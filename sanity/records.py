@@ -115,6 +115,14 @@ def _atomically(path: Path, write: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
+class Cell(NamedTuple):
+    """A walk of a run: a chunk of images through all stages of one order under one seed."""
+
+    chunk: int
+    seed: int
+    order: str
+
+
 class Key(NamedTuple):
     """A step of a run: a chunk of images at one stage of one order and seed."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,22 @@ from sanity.attributions import Explainer, Method
 from sanity.engine import Engine, predict
 from sanity.images import Images
 from sanity.models import Classifier
-from sanity.observation import CHUNK, compare, describe, dtype_of, explained, first_look, load, look_again, second_look
+from sanity.observation import (
+    CHUNK,
+    Descriptions,
+    Seen,
+    compare,
+    describe,
+    dtype_of,
+    explained,
+    first_look,
+    load,
+    look_again,
+    second_look,
+)
 from sanity.plan import DEFAULT_METHODS, Members, Plan, read_yaml
 from sanity.randomization import Draws, Other, guarded, randomized, reinitialiser, steps
-from sanity.records import Key, Score, Step, to_table
+from sanity.records import Cell, Key, Score, Step, to_table
 from sanity.stages import Stage, derived, grouped, select, untouched, written_out
 
 
@@ -47,16 +60,45 @@ def run(
         for number, chunk in enumerate(images.chunks(CHUNK)):
             if done.issuperset(keys(plan, stages, number)):
                 continue
-            trained = first_look(engine, plan, classifier, chunk, device)
-            originals = describe(plan, trained)
-            control = second_look(engine, network, trained)
+            base = baseline(engine, plan, classifier, chunk, device)
             for seed, order in product(plan.seeds, plan.orders):
-                with randomized(network, stages, order, seed, sources[order], plan.batchnorm == "reset") as visits:
-                    for visit in visits:
-                        key = Key(number, seed, order, visit.index)
-                        if key not in done:
-                            seen = look_again(engine, plan, network, trained, key) if visit.index else control
-                            yield compare(plan, classifier, key, visit, originals, seen)
+                cell = Cell(number, seed, order)
+                yield from walk(engine, plan, classifier, stages, sources[order], base, cell, done)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a chunk's stages are compared with: the trained network's look, its description, a second look."""
+
+    trained: Seen
+    originals: Descriptions
+    control: Seen
+
+
+def baseline(engine: Engine, plan: Plan, classifier: Classifier, chunk: Images, device: str) -> Baseline:
+    """Look at a chunk of images with the trained network, within `guarded`."""
+    trained = first_look(engine, plan, classifier, chunk, device)
+    return Baseline(trained, describe(plan, trained), second_look(engine, classifier.network, trained))
+
+
+def walk(
+    engine: Engine,
+    plan: Plan,
+    classifier: Classifier,
+    stages: Sequence[Stage],
+    source: Draws | Other,
+    base: Baseline,
+    cell: Cell,
+    done: frozenset[Key],
+) -> Iterator[Step]:
+    """Take one chunk of images through one order under one seed, within `guarded`; steps in `done` are left out."""
+    network = classifier.network
+    with randomized(network, stages, cell.order, cell.seed, source, plan.batchnorm == "reset") as visits:
+        for visit in visits:
+            key = Key(*cell, visit.index)
+            if key not in done:
+                seen = look_again(engine, plan, network, base.trained, key) if visit.index else base.control
+                yield compare(plan, classifier, key, visit, base.originals, seen)
 
 
 def keys(plan: Plan, stages: Sequence[Stage], chunk: int) -> list[Key]:
@@ -140,8 +182,7 @@ def check(
     device = str(parameter.device)
     classifier, pictures = models.of_network(model), image_sets.tensors(images.cpu(), labels=labels)
     found = prepare(plan, classifier, pictures, device)
-    walk = run(plan, classifier, pictures, found, batch_size=batch_size, device=device)
-    taken = list(walk)
+    taken = list(run(plan, classifier, pictures, found, batch_size=batch_size, device=device))
     frame: pd.DataFrame = to_table([score for step in taken for score in step.scores], Score).to_pandas()
     # Travels with the frame, so that `sanity.verdicts(frame)` knows what maps of different images show.
     frame.attrs["untouched_parameters"] = list(untouched(model, found))
