@@ -22,7 +22,8 @@ from sanity.command import Clock, environment, guarded_main
 from sanity.evaluation import EVALUATIONS, Measure, Part, Settings, Task, evaluate, with_controls
 from sanity.plan import Plan, from_dict
 from sanity.pointing import read_boxes
-from sanity.records import RunFolder, counts, to_table, write_json
+from sanity.folder import RunFolder
+from sanity.records import counts, to_table, write_json
 from sanity.report.deletions import caption, figures, summarize, terminal_tables, to_markdown
 from sanity.report.figures import any_script
 from sanity.session import setting_of

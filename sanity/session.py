@@ -17,12 +17,13 @@ from sanity import attributions, images, models, similarity, stages, summary
 from sanity.cli import HelpFormatter, add_fields, parse, plan_of, with_preset
 from sanity.command import Clock, environment
 from sanity.engine import Engine
+from sanity.folder import RunFolder
 from sanity.images import Images
 from sanity.models import MODELS, Classifier
 from sanity.observation import CHUNK
 from sanity.plan import Plan, presets
 from sanity.randomization import ORDERS, REINITIALISERS, steps
-from sanity.records import PROTOCOL_VERSION, Array, Key, RunFolder, Step, read_rows, read_unrelated
+from sanity.records import PROTOCOL_VERSION, Array, Key, Step, read_rows, read_unrelated
 from sanity.report.figures import draw
 from sanity.run import keys, prepare, run
 from sanity.stages import Stage

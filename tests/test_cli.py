@@ -318,7 +318,8 @@ def test_ctrl_c_ends_in_one_line_and_keeps_the_rows(place: Path) -> None:
 def test_a_full_disk_is_one_line(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sanity.records import RunFolder, Step
+    from sanity.folder import RunFolder
+    from sanity.records import Step
 
     def full(self: RunFolder, step: Step) -> None:
         raise OSError(28, "No space left on device")

@@ -4,16 +4,15 @@ import math
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
+from sanity.folder import RunFolder
 from sanity.records import (
     SCHEMA_VERSION,
     Key,
     Prediction,
-    RunFolder,
     Score,
     Step,
     read_header,
@@ -99,13 +98,14 @@ def test_a_step_half_written_does_not_count(tmp_path: Path, monkeypatch: pytest.
     folder.open(HEADER, resume=False)
     written: list[Path] = []
 
-    def full(table: pa.Table, path: Path) -> None:
+    def full(path: Path, contents: bytes) -> int:
         written.append(path)
         if len(written) == 2:
             raise OSError(28, "No space left on device")
-        path.write_bytes(b"x")
+        with path.open("wb") as file:
+            return file.write(contents)
 
-    monkeypatch.setattr(pq, "write_table", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         folder.flush(step_of(Key(0, 0, "cascading", 1)))
     assert folder.done() == frozenset()
