@@ -20,9 +20,9 @@ from sanity.attributions import CONTROLS
 from sanity.cli import HelpFormatter, add_fields, parse
 from sanity.command import Clock, environment, guarded_main
 from sanity.evaluation import EVALUATIONS, Measure, Part, Settings, Task, evaluate, with_controls
+from sanity.folder import RunFolder
 from sanity.plan import Plan, from_dict
 from sanity.pointing import read_boxes
-from sanity.folder import RunFolder
 from sanity.records import counts, to_table, write_json
 from sanity.report.deletions import caption, figures, summarize, terminal_tables, to_markdown
 from sanity.report.figures import any_script
