@@ -6,7 +6,7 @@ explains another class, is flipped, or is scaled otherwise is as similar to its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,35 +69,48 @@ SCHEMA = pa.schema(
 
 
 def fingerprints(
-    plan: Plan, classifier: Classifier, images: Images, *, batch_size: int = 8, device: str = "cpu"
+    plan: Plan,
+    classifier: Classifier,
+    images: Images,
+    *,
+    batch_size: int = 8,
+    device: str = "cpu",
+    on_progress: Callable[[int], object] = lambda evaluations: None,
 ) -> list[Fingerprint]:
     """Explain the first 8 images with the trained network again: first, again, and under other noise.
 
     The package's own methods repeat themselves by construction, and those that draw nothing do so under any
-    noise: for them a look stands for the others, so that all costs about one stage of one seed. A method
+    noise: for them a look stands for the others, so that all costs one to two stages of one seed. A method
     from outside takes all three. Best taken after the run itself: what its explainers left behind in the
-    network then shows.
+    network then shows. on_progress(evaluations) is called as they are made, `cost` of them.
     """
-    methods, chunk = plan.explainers(), images.limit(CHUNK)
-    strangers = [method for method in methods if not _ours(method)]
-    noisy = [method for method in methods if method in strangers or not method.deterministic]
-    other = replace(plan, seeds=(plan.seeds[0] ^ OTHER,))
+    chunk, taken = images.limit(CHUNK), list[Fingerprint]()
     with guarded(classifier.network, device, dtype_of(plan)):
-
-        def look(name: str, chosen: Sequence[Method], how: Plan) -> list[Fingerprint]:
-            if not chosen:
-                return []
+        for name, methods, how in _looks(plan):
             # an engine of its own, so that no look can be the memory of another
-            seen = first_look(Engine(chosen, batch_size), how, classifier, chunk, device)
-            return list(_rows(classifier, plan, name, seen))
-
-        first = look("first", methods, plan)
-        taken = [*first, *look("again", strangers, plan), *look("other", noisy, other)]
+            engine = Engine(methods, batch_size, on_progress)
+            taken += _rows(classifier, plan, name, first_look(engine, how, classifier, chunk, device))
     known = {(one.look, one.method) for one in taken}
+    first = [one for one in taken if one.look == "first"]
     copies = [
         one._replace(look=name) for name in ("again", "other") for one in first if (name, one.method) not in known
     ]
     return [*taken, *copies]
+
+
+def cost(plan: Plan, images: Images) -> int:
+    """Network evaluations, forward and backward, of `fingerprints`."""
+    return min(len(images), CHUNK) * sum(Engine(methods, 1).cost for _, methods, _ in _looks(plan))
+
+
+def _looks(plan: Plan) -> Iterator[tuple[str, Sequence[Method], Plan]]:
+    """Name of each look, the methods that must take it, and the plan they take it by."""
+    methods = plan.explainers()
+    strangers = [method for method in methods if not _ours(method)]
+    noisy = [method for method in methods if method in strangers or not method.deterministic]
+    other = replace(plan, seeds=(plan.seeds[0] ^ OTHER,))
+    looks = (("first", methods, plan), ("again", strangers, plan), ("other", noisy, other))
+    return (look for look in looks if look[1])
 
 
 def _ours(method: Method) -> bool:

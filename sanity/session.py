@@ -13,7 +13,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
-from sanity import attributions, images, models, similarity, stages, summary
+from sanity import attributions, fingerprints, images, models, similarity, stages, summary
 from sanity.cli import HelpFormatter, add_fields, parse, plan_of, with_preset
 from sanity.command import Clock, environment
 from sanity.engine import Engine
@@ -39,8 +39,9 @@ stage, explain the same pictures again, and measure how alike the maps stay (Ade
   python -m sanity.run --model inception_v3 --weights FILE.pth --images photos/ --orders cascading independent
   python -m sanity.run --methods gradient,my_package.mine:explain --config plan.yaml --output results/mine
 
-Writes OUTPUT/scores.parquet (one row an image), predictions.parquet, summary.csv and .md, verdicts.csv, run.json
-and figures/. Flags win over --config, and --config over --preset."""
+Writes OUTPUT/scores.parquet (one row an image), predictions.parquet, fingerprints.parquet (of the trained maps, for
+python -m sanity.gate), summary.csv and .md, verdicts.csv, run.json and figures/. Flags win over --config, and
+--config over --preset."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def command(arguments: Sequence[str]) -> int:
     header = folder.open(header, setting.resume)
     if header["status"] != "complete":
         walk(plan, setting, classifier, pictures, found, folder, header["batch_size"])
+        keep_fingerprints(plan, setting, classifier, pictures, folder, header["batch_size"])
         header = folder.finish({**header, **clock.stamp()}, ranks(plan, pictures))
     publish(folder, header)
     return 0
@@ -204,6 +206,24 @@ def walk(
                     tqdm.write(line)
 
 
+def keep_fingerprints(
+    plan: Plan, setting: Setting, classifier: Classifier, pictures: Images, folder: RunFolder, batch_size: int
+) -> None:
+    """Write the trained network's maps in short, for `python -m sanity.gate`; an interrupted run takes them anew."""
+    with tqdm(
+        total=fingerprints.cost(plan, pictures),
+        unit=" gradients",
+        unit_scale=True,
+        leave=False,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+        desc="fingerprints of the trained maps",
+    ) as bar:
+        found = fingerprints.fingerprints(
+            plan, classifier, pictures, batch_size=batch_size, device=setting.device, on_progress=bar.update
+        )
+    fingerprints.write(folder.path / fingerprints.FILE, found)
+
+
 def work(plan: Plan, pictures: Images, found: Sequence[Stage], done: frozenset[Key]) -> int:
     """Network evaluations still to be made."""
     engine, total = Engine(plan.explainers(), 1), 0
@@ -262,8 +282,8 @@ def publish(folder: RunFolder, header: Mapping[str, Any]) -> None:
     print(summary.terminal_table(table))
     for warning in warnings(header):
         print(f"note: {warning}")
-    names = ("scores.parquet", "predictions.parquet", "summary.csv", "summary.md", "verdicts.csv", "run.json")
-    print(f"\nwritten to {folder.path}/: {', '.join(names)}, figures/ ({len(drawn)} pictures)")
+    tables = ("scores.parquet", "predictions.parquet", fingerprints.FILE, "summary.csv", "summary.md", "verdicts.csv")
+    print(f"\nwritten to {folder.path}/: {', '.join(tables)}, run.json, figures/ ({len(drawn)} pictures)")
 
 
 def _show(bar: Any, done: int, total: int) -> None:

@@ -61,7 +61,7 @@ def test_a_run_leaves_table_figures_and_manifest(place: Path, capsys: pytest.Cap
     assert go("--output", "out", "--orders", "cascading", "independent", "--save-maps", "--strips", "1") == 0
     written = sorted(str(p.relative_to("out")) for p in Path("out").rglob("*") if p.is_file())
     assert [name for name in written if not name.startswith("figures")] == [
-        "maps.safetensors", "predictions.parquet", "run.json", "scores.parquet", "strips.npz",
+        "fingerprints.parquet", "maps.safetensors", "predictions.parquet", "run.json", "scores.parquet", "strips.npz",
         "summary.csv", "summary.md", "unrelated.parquet", "verdicts.csv",
     ]  # fmt: skip
     assert "figures/strip_cascading_photo0.png" in written
@@ -299,7 +299,7 @@ def test_a_killed_run_resumes_to_the_same_rows_bit_for_bit(place: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.communicate()
     finish(start("killed", "--resume"))
-    for name in ("scores.parquet", "predictions.parquet", "summary.csv"):
+    for name in ("scores.parquet", "predictions.parquet", "fingerprints.parquet", "summary.csv"):
         assert Path("killed", name).read_bytes() == Path("whole", name).read_bytes()
     assert not Path("killed/steps").exists()
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from sanity import images as image_sets
 from sanity import models
-from sanity.fingerprints import described, fingerprints, write
+from sanity.fingerprints import cost, described, fingerprints, write
 from sanity.plan import Plan
 from sanity.records import read_rows
 
@@ -74,6 +74,17 @@ def test_a_method_from_outside_takes_three_looks_and_shows_what_does_not_repeat(
     first, again, other = (maps_of(rows, "gradient", look) for look in LOOKS)
     error = 8 * np.finfo(np.float32).eps * 9  # maps in float32, up to 3 channels of 3
     assert np.allclose([2 * first, 3 * first], [again, other], rtol=0, atol=error)
+
+
+def test_the_cost_is_what_is_evaluated(awkward, pictures):
+    def mine(network, images, targets):
+        return images
+
+    plan = Plan(methods=("gradient", "smoothgrad", "edges", mine), images="tensors", samples=3)
+    images, counted = image_sets.tensors(pictures), []
+    fingerprints(plan, models.of_network(awkward), images, on_progress=counted.append)
+    # the gradient once, smoothgrad's three points under two noises, a stranger three times
+    assert sum(counted) == cost(plan, images) == 3 * (1 + 2 * 3 + 3)
 
 
 def test_at_most_eight_images_are_looked_at_whatever_the_batch(awkward):
