@@ -96,3 +96,11 @@ def loaded(path: Path) -> dict[str, Any]:
         return {}
     with np.load(path, allow_pickle=False) as stored:
         return {name: stored[name] for name in stored.files}
+
+
+def predictions(files: Mapping[str, bytes]) -> Iterator[Prediction]:
+    """Predictions among packed files."""
+    for name, contents in files.items():
+        if name.endswith(".predictions.parquet"):
+            rows = pq.read_table(BytesIO(contents)).to_pylist()
+            yield from (Prediction(**row) for row in rows)

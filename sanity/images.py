@@ -225,9 +225,29 @@ def _picture(name: str, path: Path) -> Picture:
     return Picture(name, None, hashlib.sha256(data).hexdigest(), partial(_open, path))
 
 
+def carried(images: Images) -> Images:
+    """The same pictures, with the bytes of their files in them, for a process that cannot see the files.
+
+    OSError if a file can no longer be read.
+    """
+    return replace(images, pictures=tuple(map(_carried, images.pictures)))
+
+
+def _carried(picture: Picture) -> Picture:
+    opens = picture.open
+    if isinstance(opens, partial) and opens.func is _open:
+        (path,) = opens.args
+        return replace(picture, open=partial(_decoded, path, path.read_bytes()))
+    return picture
+
+
 def _open(path: Path) -> Image.Image:
+    return _decoded(path, path.read_bytes())
+
+
+def _decoded(path: Path, data: bytes) -> Image.Image:
     try:
-        return decode(path.read_bytes())
+        return decode(data)
     except ValueError as error:
         raise ValueError(f"bad picture {str(path)!r}: {error}") from error
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,13 @@ from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
 from sanity import attributions, fingerprints, images, models, similarity, stages, summary
+from sanity.blocks import predictions as read_packed
+from sanity.cells import Ledger
 from sanity.cli import HelpFormatter, add_fields, parse, plan_of, with_preset
+from sanity.cluster import Cluster, Connection, reached
 from sanity.command import Clock, environment
+from sanity.distributed import Crew, lacking
+from sanity.distributed import manifest as of_crew
 from sanity.engine import Engine
 from sanity.folder import RunFolder
 from sanity.images import Images
@@ -23,12 +30,16 @@ from sanity.models import MODELS, Classifier
 from sanity.observation import CHUNK
 from sanity.plan import Plan, presets
 from sanity.randomization import ORDERS, REINITIALISERS, steps
-from sanity.records import PROTOCOL_VERSION, Array, Key, Step, read_rows, read_unrelated
+from sanity.records import PROTOCOL_VERSION, Array, Key, Prediction, read_rows, read_unrelated
 from sanity.report.figures import draw
-from sanity.run import keys, prepare, run
+from sanity.run import draws_of, keys, prepare, run
 from sanity.stages import Stage
+from sanity.worker import Task
 
 DEFAULT_OUTPUT = "sanity_run"
+FAILED = 1
+"""Exit code of a run that is finished but for cells that failed again and again."""
+GPU_BATCH = 64
 CPU_BATCH = 4
 """Measured: more evaluations at a time make tensors that the C library maps anew from the system, page by page."""
 INTRODUCTION = """Does an explanation depend on the network? Replace the network's weights by random ones, stage by
@@ -46,13 +57,14 @@ python -m sanity.gate), summary.csv and .md, verdicts.csv, run.json and figures/
 
 @dataclass(frozen=True)
 class Setting:
-    """How and where a plan is run: nothing here changes a number beyond rounding."""
+    """How and where a plan is run: nothing here changes a number beyond rounding. cluster: None for this process."""
 
     device: str
     batch_size: int
     output: Path
     resume: bool
     verbose: bool
+    cluster: Cluster | None = None
 
 
 FROZEN = ("frozen:METHOD", "any gradient-style method, LRP or DeepLIFT with activations frozen; Hara [p=80]")
@@ -93,6 +105,20 @@ def parser() -> ArgumentParser:
     )
     where.add_argument("--resume", action="store_true", help="go on with an interrupted run in OUTPUT")
     where.add_argument("--verbose", action="store_true", help="print every picture's class at every stage")
+    many = made.add_argument_group("many workers and machines (pip install 'saliency-sanity[ray]')")
+    many.add_argument(
+        "--engine", choices=("embedded", "ray"), default="embedded", help="this process alone, or workers on Ray"
+    )
+    many.add_argument(
+        "--address",
+        type=str | None,
+        metavar="HOST:PORT",
+        help="a running Ray cluster, auto for this machine's (default: start one here, on loopback)",
+    )
+    many.add_argument("--workers", type=int | None, metavar="N", help="default: one a core, or one a GPU")
+    many.add_argument(
+        "--gpus-per-worker", type=float | None, metavar="F", help="default: 1 where the cluster has GPUs; .5 shares one"
+    )
     return made
 
 
@@ -108,21 +134,23 @@ def command(arguments: Sequence[str]) -> int:
     classifier = models.load(plan.model, plan.weights)
     classifier = classifier.squashing() if plan.squash else classifier
     found = prepare(plan, classifier, pictures, setting.device)
-    header = manifest(plan, setting, classifier, pictures, found)
-    folder = RunFolder(setting.output)
-    header = folder.open(header, setting.resume)
-    if header["status"] != "complete":
-        walk(plan, setting, classifier, pictures, found, folder, header["batch_size"])
-        keep_fingerprints(plan, setting, classifier, pictures, folder, header["batch_size"])
-        header = folder.finish({**header, **clock.stamp()}, ranks(plan, pictures))
+    with reached(setting.cluster) if setting.cluster else nullcontext() as connection:
+        setting = _sized(setting, values.batch_size, connection)
+        folder = RunFolder(setting.output)
+        header = folder.open(manifest(plan, setting, classifier, pictures, found), setting.resume)
+        if header["status"] != "complete" or header.get("failures"):
+            take = walk if connection is None else partial(spread, connection)
+            said = take(plan, setting, classifier, pictures, found, folder, header["batch_size"])
+            keep_fingerprints(plan, setting, classifier, pictures, folder, header["batch_size"])
+            header = folder.finish({**header, **said, **clock.stamp()}, ranks(plan, pictures))
     publish(folder, header)
-    return 0
+    return FAILED if header.get("failures") else 0
 
 
 def setting_of(values: Namespace) -> Setting:
-    """Check device, batch size and output. Raises ValueError in one line."""
-    device = values.device
-    if device == "auto":
+    """Check device, batch size, cluster and output. Raises ValueError in one line."""
+    cluster, device = _cluster(values), values.device
+    if device == "auto" or cluster:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     usable = ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if device not in usable or (device != "cpu" and not torch.cuda.is_available()):
@@ -130,10 +158,28 @@ def setting_of(values: Namespace) -> Setting:
         raise ValueError(f"--device {device}: torch {torch.__version__} sees {seen} GPU here; use --device cpu")
     size = values.batch_size
     if size == "auto":
-        size = CPU_BATCH if device == "cpu" else 64
+        size = CPU_BATCH if device == "cpu" else GPU_BATCH
     if not str(size).isdecimal() or not 1 <= int(size) <= 10**6:
         raise ValueError(f"--batch-size must be auto or a whole number from 1, not {size!r}")
-    return Setting(device, int(size), _output(values.output, values.resume), values.resume, values.verbose)
+    return Setting(device, int(size), _output(values.output, values.resume), values.resume, values.verbose, cluster)
+
+
+def _cluster(values: Namespace) -> Cluster | None:
+    """The cluster asked for, if the command knows of any."""
+    flags = ("address", "workers", "gpus_per_worker")
+    if values.get("engine") == "ray":
+        return Cluster(values.address, values.workers, values.gpus_per_worker, values.device)
+    for flag in flags:
+        if values.get(flag) is not None:
+            raise ValueError(f"--{flag.replace('_', '-')} goes with --engine ray")
+    return None
+
+
+def _sized(setting: Setting, size: str, connection: Connection | None) -> Setting:
+    """The setting, with the batch size that suits the workers' device where none was asked for."""
+    if connection is None or size != "auto":
+        return setting
+    return replace(setting, batch_size=GPU_BATCH if connection.gpus else CPU_BATCH)
 
 
 def _output(given: str | None, resume: bool) -> Path:
@@ -177,18 +223,14 @@ def walk(
     found: Sequence[Stage],
     folder: RunFolder,
     batch_size: int,
-) -> None:
-    """Take the steps that are not done yet, each written before the next; a bar shows evaluations and ETA."""
+) -> dict[str, Any]:
+    """Take the steps that are not done yet, each written before the next; a bar shows evaluations and ETA.
+
+    Returns what the manifest says of it.
+    """
     folder.keep_pictures(illustrations(plan, classifier, pictures, found))
     done = folder.done()
-    with tqdm(
-        total=work(plan, pictures, found, done),
-        unit=" gradients",
-        unit_scale=True,
-        smoothing=0.05,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
-        desc=f"{classifier.name}{'' if classifier.trained else ' (untrained)'}",
-    ) as bar:
+    with _bar(classifier, work(plan, pictures, found, done)) as bar:
         for step in run(
             plan,
             classifier,
@@ -202,8 +244,58 @@ def walk(
             folder.flush(step)
             bar.set_postfix_str(f"{step.key.order} {step.stage}")
             if setting.verbose:
-                for line in told(step):
+                for line in told(step.predictions):
                     tqdm.write(line)
+    return {"failures": []}
+
+
+def spread(
+    connection: Connection,
+    plan: Plan,
+    setting: Setting,
+    classifier: Classifier,
+    pictures: Images,
+    found: Sequence[Stage],
+    folder: RunFolder,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Let workers take the steps that are not done yet, each written as it comes; one bar for all of them.
+
+    Returns what the manifest says of it. Cells that fail are tried again, and at last left out.
+    """
+    folder.keep_pictures(illustrations(plan, classifier, pictures, found))
+    done = folder.done()
+    ledger = Ledger(lacking(plan, found, pictures, done))
+    task = Task(plan, classifier, found, draws_of(plan), batch_size, connection.device, connection.threads)
+    total = work(plan, pictures, found, done)
+    with _bar(classifier, total) as bar:
+        crew = Crew(connection, task, pictures, ledger, lambda crew: bar.set_postfix_str(_state(crew), refresh=False))
+        bar.set_postfix_str(_state(crew))
+        for packet in crew.run():
+            folder.write(packet.files)
+            # A chunk's trained maps are made anew by each worker that joins in: work, but not of the plan.
+            bar.update(min(packet.evaluations, total - bar.n))
+            if setting.verbose:
+                for line in told(read_packed(packet.files)):
+                    tqdm.write(line)
+    return of_crew(crew)
+
+
+def _state(crew: Crew) -> str:
+    ledger = crew.ledger
+    failed = f", {len(ledger.failures)} failed" if ledger.failures else ""
+    return f"cells {ledger.finished}/{ledger.total}{failed}, workers {crew.present}"
+
+
+def _bar(classifier: Classifier, total: int) -> tqdm[Any]:
+    return tqdm(
+        total=total,
+        unit=" gradients",
+        unit_scale=True,
+        smoothing=0.05,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+        desc=f"{classifier.name}{'' if classifier.trained else ' (untrained)'}",
+    )
 
 
 def keep_fingerprints(
@@ -249,12 +341,12 @@ def illustrations(plan: Plan, classifier: Classifier, pictures: Images, found: S
     return shown
 
 
-def told(step: Step) -> list[str]:
+def told(predictions: Iterable[Prediction]) -> list[str]:
     """One line a picture: what the network says at this stage."""
     return [
         f"{p.order} {p.stage_index:>2} {p.stage:<16} {p.image}: {p.top1_name} {p.top1_probability:.4f}"
         f" (explained class {p.target}: {p.target_probability:.4f})" + ("" if p.finite else "  logits not finite")
-        for p in step.predictions
+        for p in predictions
     ]
 
 
@@ -278,7 +370,8 @@ def publish(folder: RunFolder, header: Mapping[str, Any]) -> None:
     judged.to_csv(folder.path / "verdicts.csv", index=False, float_format="%.6f")
     with tqdm(desc="figures", unit=" figures", leave=False, mininterval=1) as bar:
         drawn = draw(folder.path, lambda done, total: _show(bar, done, total))
-    folder.tidy()
+    if not header.get("failures"):
+        folder.tidy()
     print(summary.terminal_table(table))
     for warning in warnings(header):
         print(f"note: {warning}")
@@ -299,6 +392,9 @@ def warnings(header: Mapping[str, Any]) -> list[str]:
     untouched = header["untouched_parameters"]
     if untouched:
         found.append(f"{len(untouched)} parameters are in no stage and stay trained, such as {untouched[0]}")
+    for one in header.get("failures", []):
+        where = f"{one['order']}, seed {one['seed']}, images {one['images'][0]} to {one['images'][-1]}"
+        found.append(f"failed {one['attempts']} times and left out: {where}: {one['reason']} (--resume tries again)")
     bad = {status: n for status, n in header["counts"].items() if status != "ok"}
     if bad:
         found.append("scores that are NaN: " + ", ".join(f"{n} for a {status}" for status, n in bad.items()))
