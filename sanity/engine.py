@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sanity.attributions.base import (
+    PLAIN,
     FunctionMethod,
     GradientMethod,
     Inputs,
@@ -17,22 +20,56 @@ from sanity.attributions.base import (
     Moments,
     Point,
     Rule,
-    explained,
     logits_of,
 )
+from sanity.attributions.gradients import PIXELS
 from sanity.folding import Folded, foldable
+from sanity.reuse import CannotReuseError, Recording, Replaying
 
 CACHE_BYTES = 2**30
 """Noise and path points of one chunk of images are kept between stages up to this much memory."""
+SWEEP_BYTES = 3 * 2**29
+"""States of the network are explained together while their sums and maps take up to this much memory."""
+WORTH = 0.05
+"""A state is run as a whole where less than this share of the network's calls could be reused."""
 
 
-def gradients(network: nn.Module, points: Tensor, images: Tensor, targets: Tensor, rule: Rule) -> Tensor:
-    """Gradient of each target's logit at each image's point: (N, C, H, W) twice, (N,) -> (N, C, H, W)."""
+class State(NamedTuple):
+    """One way the network's weights may stand: enter() puts them so, inputs are what is explained then."""
+
+    enter: Callable[[], object]
+    inputs: Inputs
+
+
+class Answer(NamedTuple):
+    """Attributions by method, (N, C or 1, H, W) each, and the logits (N, classes) if they were met with."""
+
+    maps: dict[str, Tensor]
+    logits: Tensor | None
+
+
+def gradients(
+    network: nn.Module,
+    points: Tensor,
+    images: Tensor,
+    targets: Tensor,
+    rule: Rule,
+    recording: Recording | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of each target's logit at each image's point, and the logits.
+
+    points (N, C, H, W), images likewise, targets (N,) -> (N, C, H, W), (N, classes). With a recording of the
+    same points, which must be the very tensor that was run then, only what has changed is run.
+    """
     with torch.enable_grad():
-        x = points.detach().requires_grad_()
-        with rule.context(network, points, images):
-            logits = explained(network, x, targets)
-        return torch.autograd.grad(logits.sum(), x)[0]
+        x = points if recording else points.detach().requires_grad_()
+        with rule.context(network, points, images), Replaying(recording) if recording else nullcontext() as replay:
+            logits = logits_of(network, x)
+        chosen = logits.gather(1, targets.to(logits.device)[:, None])
+        found = torch.autograd.grad(chosen.sum(), x, retain_graph=recording is not None)[0]
+    if recording is not None and replay is not None:
+        recording.shares.append(replay.reused / max(1, len(recording.calls)))
+    return found, logits.detach()
 
 
 class Engine:
@@ -40,7 +77,8 @@ class Engine:
 
     batch_size is the number of network evaluations taken at a time; results do not depend on it beyond
     rounding, because each image's points are combined in a fixed order in float64. With fold, gradients are
-    taken through BatchNorms folded into the convolutions before them.
+    taken through BatchNorms folded into the convolutions before them; with reuse, a sweep through several
+    states of the network repeats nothing that comes before the first changed parameter.
     on_progress(evaluations) is told after each step how many evaluations an image were done.
     """
 
@@ -50,12 +88,13 @@ class Engine:
         batch_size: int,
         on_progress: Callable[[int], object] = lambda evaluations: None,
         fold: bool = True,
+        reuse: bool = True,
     ) -> None:
         self.methods = methods
         self.batch_size = batch_size
         self.on_progress = on_progress
-        self.fold = fold
-        self._norms: dict[nn.Module, dict[int, nn.Module]] = {}
+        self.fold, self.reuse = fold, reuse
+        self._folds: dict[nn.Module, Folded] = {}
         self._points: dict[tuple[Point, str, int], Tensor] = {}
         self._chunk: tuple[str, ...] = ()
 
@@ -68,7 +107,14 @@ class Engine:
     def fresh(self) -> Engine:
         """An engine for those methods only that draw anew at every occasion."""
         methods = [method for method in self.methods if method.fresh]
-        return Engine(methods, self.batch_size, self.on_progress, self.fold)
+        return Engine(methods, self.batch_size, self.on_progress, self.fold, self.reuse)
+
+    def capacity(self, inputs: Inputs) -> int:
+        """Number of states to be swept through together, so that their sums and maps fit into SWEEP_BYTES."""
+        pixels = inputs.pixels.numel()
+        sums = sum(8 * (1 + method.spread) for method in self._combining)
+        maps = inputs.pixels.element_size() * len(self.methods)
+        return max(1, SWEEP_BYTES // max(1, pixels * (sums + maps)))
 
     @property
     def _combining(self) -> list[GradientMethod]:
@@ -79,24 +125,41 @@ class Engine:
 
         Raises ValueError if a method's map has another shape.
         """
+        return self.sweep(network, [State(lambda: None, inputs)])[0].maps
+
+    def sweep(
+        self, network: nn.Module, states: Sequence[State], trained: Callable[[], object] = lambda: None
+    ) -> list[Answer]:
+        """Explain the same pictures in several states of the network; trained() puts it as it was trained.
+
+        All inputs have the same pixels, ids and seed. Raises ValueError if a method's map has another shape.
+        """
+        inputs = states[0].inputs
         if inputs.ids != self._chunk:
             self._chunk, self._points = inputs.ids, {}
-        found: dict[str, Tensor] = {}
+        found: list[dict[str, Tensor]] = [{} for _ in states]
+        logits: list[Tensor | None] = [None for _ in states]
         folded = self._folded(network, inputs)
         for rule in {method.rule.name: method.rule for method in self._combining}.values():
-            found |= self._combine(network if rule.layered else folded, inputs, rule)
-        for method in self.methods:
-            if isinstance(method, FunctionMethod):
-                found[method.name] = self._call(method, folded if method.folds else network, inputs)
-        return {method.name: found[method.name] for method in self.methods}
+            answers = self._combine(network if rule.layered else folded, states, rule, trained)
+            for n, (maps, said) in enumerate(answers):
+                found[n] |= maps
+                logits[n] = said if logits[n] is None else logits[n]
+        functions = [method for method in self.methods if isinstance(method, FunctionMethod)]
+        for n, state in enumerate(states if functions else ()):
+            state.enter()
+            for method in functions:
+                found[n][method.name] = self._call(method, folded if method.folds else network, state.inputs)
+        order = [method.name for method in self.methods]
+        return [Answer({name: maps[name] for name in order}, said) for maps, said in zip(found, logits, strict=True)]
 
     def _folded(self, network: nn.Module, inputs: Inputs) -> nn.Module:
-        """Return the network as it is now, its BatchNorms folded where that changes nothing but the speed."""
+        """Return the network, its BatchNorms folded where that changes nothing but the speed."""
         if not self.fold:
             return network
-        if network not in self._norms:
-            self._norms = {network: foldable(network, inputs.pixels[:1])}
-        return Folded(network, self._norms[network])
+        if network not in self._folds:
+            self._folds = {network: Folded(network, foldable(network, inputs.pixels[:1]))}
+        return self._folds[network]
 
     def _call(self, method: FunctionMethod, network: nn.Module, inputs: Inputs) -> Tensor:
         parts = []
@@ -111,24 +174,52 @@ class Engine:
             self.on_progress(method.cost * n)
         return torch.cat(parts)
 
-    def _combine(self, network: nn.Module, inputs: Inputs, rule: Rule) -> dict[str, Tensor]:
+    def _combine(
+        self, network: nn.Module, states: Sequence[State], rule: Rule, trained: Callable[[], object]
+    ) -> list[Answer]:
+        """Evaluate a rule's points, in every state, and combine them."""
         methods = [method for method in self._combining if method.rule.name == rule.name]
         users: dict[Point, list[GradientMethod]] = {}
         for method in methods:
             for point in method.points(method.options):
                 users.setdefault(point, []).append(method)
-        sums = {m.name: torch.zeros((2, *inputs.pixels.shape), dtype=torch.float64) for m in methods}
-        sums = {name: total.to(inputs.pixels.device) for name, total in sums.items()}
+        inputs = states[0].inputs
+        sums = [{m.name: _Sums(m, inputs.pixels) for m in methods} for _ in states]
+        said: list[dict[int, Tensor]] = [{} for _ in states]
+        # States in which too little could be reused are run as a whole.
+        sharing = [self.reuse and rule.replayable and len(states) > 1 for _ in states]
         work = ((n, point) for n in range(len(inputs.ids)) for point in users)
         while batch := list(islice(work, self.batch_size)):
             points = torch.stack([self._at(point, inputs, n) for n, point in batch])
             owners = [n for n, _ in batch]
-            found = gradients(network, points, inputs.pixels[owners], inputs.targets[owners], rule)
-            for (n, point), gradient in zip(batch, found, strict=True):
-                for method in users[point]:
-                    _add(sums[method.name][:, n], method, point, gradient, inputs, n)
-            self.on_progress(len(batch))
-        return {m.name: m.combine(inputs, _moments(sums[m.name], m)).to(inputs.pixels) for m in methods}
+            recording = None
+            if any(sharing):
+                trained()
+                points.requires_grad_()
+                recording = record(network, points, inputs.pixels[owners], rule)
+            for s, state in enumerate(states):
+                state.enter()
+                kept = recording if sharing[s] else None
+                arguments = (points, inputs.pixels[owners], state.inputs.targets[owners], rule)
+                try:
+                    found, logits = gradients(network, *arguments, kept)
+                    sharing[s] = kept is not None and kept.shares[-1] >= WORTH
+                except CannotReuseError:
+                    recording, sharing = None, [False for _ in states]
+                    found, logits = gradients(network, *arguments)
+                for (n, point), gradient, row in zip(batch, found, logits, strict=True):
+                    if rule is PLAIN and point in PIXELS:
+                        said[s][n] = row
+                    for method in users[point]:
+                        sums[s][method.name].add(n, point, gradient, inputs)
+                self.on_progress(len(batch))
+        return [
+            Answer(
+                {name: one.map(state.inputs) for name, one in sums[s].items()},
+                torch.stack([said[s][n] for n in range(len(inputs.ids))]) if said[s] else None,
+            )
+            for s, state in enumerate(states)
+        ]
 
     def _at(self, point: Point, inputs: Inputs, n: int) -> Tensor:
         key = (point, inputs.ids[n], inputs.seed)
@@ -140,17 +231,35 @@ class Engine:
         return place
 
 
-def _add(sums: Tensor, method: GradientMethod, point: Point, gradient: Tensor, inputs: Inputs, n: int) -> None:
-    """Add one gradient, and its square, to a method's float64 sums for image n."""
-    value = gradient.double()
-    if method.weigh is not None:
-        value = value * method.weigh(point, inputs.pixels[n], inputs.ids[n], inputs.seed)
-    sums[0] += value
-    sums[1] += value.square()
+def record(network: nn.Module, points: Tensor, images: Tensor, rule: Rule) -> Recording:
+    """Run a network at points (N, C, H, W) that require gradients, and keep all that it computes."""
+    recording = Recording()
+    with torch.enable_grad(), rule.context(network, points, images), recording:
+        logits_of(network, points)
+    return recording
 
 
-def _moments(sums: Tensor, method: GradientMethod) -> Moments:
-    return Moments(*(sums / method.cost))
+class _Sums:
+    """A method's gradients at its points, and their squares where it asks for them, summed up in float64."""
+
+    def __init__(self, method: GradientMethod, pixels: Tensor) -> None:
+        self.method = method
+        self.total = torch.zeros((1 + method.spread, *pixels.shape), dtype=torch.float64, device=pixels.device)
+
+    def add(self, n: int, point: Point, gradient: Tensor, inputs: Inputs) -> None:
+        """Add image n's gradient (C, H, W) at a point."""
+        value = gradient.double()
+        if self.method.weigh is not None:
+            value = value * self.method.weigh(point, inputs.pixels[n], inputs.ids[n], inputs.seed)
+        self.total[0, n] += value
+        if self.method.spread:
+            self.total[1, n] += value.square()
+
+    def map(self, inputs: Inputs) -> Tensor:
+        """The method's attribution of all images (N, C, H, W)."""
+        mean = self.total / self.method.cost
+        moments = Moments(mean[0], mean[1] if self.method.spread else None)
+        return self.method.combine(inputs, moments).to(inputs.pixels)
 
 
 def part_of(inputs: Inputs, start: int, stop: int) -> Inputs:

@@ -14,6 +14,9 @@ from torch.utils._pytree import tree_leaves
 _CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 BatchNorm = nn.modules.batchnorm._NormBase
 
+CACHE_BYTES = 2**30
+"""Folded weights are kept, of trained and of random parameters, up to this much memory."""
+
 
 class _Trace(TorchFunctionMode):
     """Notes, of one forward pass, which convolution's result goes into a BatchNorm and nowhere else."""
@@ -67,7 +70,7 @@ def foldable(network: nn.Module, example: Tensor) -> dict[int, nn.Module]:
 class _Fold(TorchFunctionMode):
     """One forward pass: convolutions take their norm's scale and shift, and those norms do nothing."""
 
-    def __init__(self, norms: dict[int, nn.Module], weights: dict[int, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, norms: dict[int, nn.Module], weights: _Weights) -> None:
         super().__init__()
         self.norms, self.weights = norms, weights
         self.count = 0
@@ -86,11 +89,33 @@ class _Fold(TorchFunctionMode):
         if place not in self.norms:
             return func(*args, **kwargs)
         x, weight, bias, *rest = args
-        if place not in self.weights:
-            self.weights[place] = folded(weight, bias, self.norms[place])
-        out = func(x, *self.weights[place], *rest, **kwargs)
+        out = func(x, *self.weights.of(weight, bias, self.norms[place]), *rest, **kwargs)
         self.pending.add(id(out))
         return out
+
+
+class _Weights:
+    """Folded weights and biases, kept as long as what they were made of is still the same memory, unwritten."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[tuple[int, int] | None, ...], tuple[list[Tensor | None], tuple[Tensor, Tensor]]] = {}
+        self._bytes = 0
+
+    def of(self, weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the folded convolution, the very same tensors whenever the sources are."""
+        with torch._C.DisableTorchFunction():
+            names = ("running_mean", "running_var", "weight", "bias")
+            sources = [weight, bias, *(getattr(norm, name) for name in names)]
+            key = tuple(None if one is None else (one.data_ptr(), one._version) for one in sources)
+            if key not in self._kept:
+                with torch.no_grad():
+                    made = folded(weight, bias, norm)
+                self._bytes += made[0].numel() * made[0].element_size()
+                if self._bytes > CACHE_BYTES:
+                    self._kept, self._bytes = {}, 0
+                # Aliases of the sources keep their memory from being given to other tensors.
+                self._kept[key] = ([None if one is None else one.detach() for one in sources], made)
+            return self._kept[key][1]
 
 
 def folded(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -105,17 +130,17 @@ def folded(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor
 
 
 class Folded(nn.Module):
-    """A network that computes the same with its BatchNorms folded, as long as its parameters stay as they are.
+    """A network that computes the same with its BatchNorms folded, whatever its parameters are at the time.
 
-    norms as `foldable` finds them; folded weights are made on first use and kept, so a new Folded is needed
-    after any change of parameters. Rectifiers, and whatever else the network calls, are untouched. A forward
-    pass that takes another way than when `foldable` looked is run again unfolded, from then on.
+    norms as `foldable` finds them; folded weights are made on first use and kept for as long as the parameters
+    they were made of have not changed. Rectifiers, and whatever else the network calls, are untouched. A
+    forward pass that takes another way than when `foldable` looked is run again unfolded, from then on.
     """
 
     def __init__(self, network: nn.Module, norms: dict[int, nn.Module]) -> None:
         super().__init__()
         self.network, self.norms = network, norms
-        self.weights: dict[int, tuple[Tensor, Tensor]] = {}
+        self.weights = _Weights()
 
     def forward(self, x: Tensor) -> Any:
         """Whatever the network gives."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,11 +14,11 @@ from torch.nn import functional as F
 
 from sanity import maps, similarity
 from sanity.attributions import Inputs
-from sanity.engine import Engine, predict
+from sanity.engine import Engine, State, predict
 from sanity.images import Images
 from sanity.models import Classifier
 from sanity.plan import Plan
-from sanity.randomization import Visit
+from sanity.randomization import Visit, Walk
 from sanity.records import Array, Key, Prediction, Score, Step
 from sanity.similarity import Description
 
@@ -63,13 +64,35 @@ def second_look(engine: Engine, network: nn.Module, trained: Seen) -> Seen:
     return replace(trained, inputs=inputs, maps={**trained.maps, **engine.fresh().explain(network, inputs)})
 
 
-def look_again(engine: Engine, plan: Plan, network: nn.Module, trained: Seen, key: Key) -> Seen:
-    """Predict and explain the same batch with the network as it is now."""
-    logits = predict(network, trained.inputs.pixels, engine.batch_size)
-    targets = logits.argmax(1) if plan.target == "repredicted" else trained.inputs.targets
+def look_through(
+    engine: Engine, plan: Plan, network: nn.Module, trained: Seen, walk: Walk, pending: Sequence[Key]
+) -> Iterator[tuple[Key, Visit, Seen]]:
+    """Predict and explain the same batch with the network as it stands at each of the pending steps of a walk.
+
+    As many steps as memory allows are explained together, so that what they have in common is evaluated once.
+    """
+    whole = engine.capacity(trained.inputs)
+    for start in range(0, len(pending), whole):
+        block = pending[start : start + whole]
+        states = [_state(plan, network, walk, trained, key) for key in block]
+        answers = engine.sweep(network, states, partial(walk.enter, 0))
+        for key, state, answer in zip(block, states, answers, strict=True):
+            visit = walk.enter(key.stage_index)
+            logits = answer.logits
+            if logits is None:
+                logits = predict(network, trained.inputs.pixels, engine.batch_size)
+            yield key, visit, Seen(state.inputs, logits, answer.maps)
+        walk.forget()
+
+
+def _state(plan: Plan, network: nn.Module, walk: Walk, trained: Seen, key: Key) -> State:
+    """A step and what is explained there: the trained network's classes, or those that the network then predicts."""
+    targets = trained.inputs.targets
+    if plan.target == "repredicted":
+        walk.enter(key.stage_index)
+        targets = predict(network, trained.inputs.pixels, len(trained.inputs.ids)).argmax(1)
     occasion = f"{key.order}/{key.seed}/{key.stage_index}"
-    inputs = replace(trained.inputs, targets=targets, occasion=occasion)
-    return Seen(inputs, logits, engine.explain(network, inputs))
+    return State(partial(walk.enter, key.stage_index), replace(trained.inputs, targets=targets, occasion=occasion))
 
 
 def explained(target: str, logits: Tensor, chunk: Images) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -195,16 +196,27 @@ class _Swap:
         self.network = network
         self.trained = {name: p.data for name, p in network.named_parameters()}
         self.trained |= dict(network.named_buffers())
+        self._strange: set[str] = set()
 
     def __enter__(self) -> _Swap:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        for name in self.trained:
-            self.put(name, self.trained[name])
+        for name, tensor in self.trained.items():
+            self.put(name, tensor)
+
+    def restore(self) -> None:
+        """Take back all that was put."""
+        for name in self._strange:
+            self._point(name, self.trained[name])
+        self._strange = set()
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Let one parameter or buffer have this tensor as its data."""
+        self._strange.add(name)
+        self._point(name, tensor)
+
+    def _point(self, name: str, tensor: Tensor) -> None:
         path, _, own = name.rpartition(".")
         owner = self.network.get_submodule(path)
         parameter = owner._parameters.get(own)
@@ -214,13 +226,11 @@ class _Swap:
             parameter.data = tensor
 
 
-def _reset_statistics(swap: _Swap, norms: Sequence[str]) -> None:
+def _fresh_statistics(trained: Mapping[str, Tensor], norms: Sequence[str]) -> dict[str, Tensor]:
+    """Running statistics as a BatchNorm starts with, by name."""
     fresh = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
-    for norm in norms:
-        for own, value in fresh.items():
-            name = f"{norm}.{own}" if norm else own
-            if name in swap.trained:
-                swap.put(name, torch.full_like(swap.trained[name], value))
+    names = {f"{norm}.{own}" if norm else own: value for norm in norms for own, value in fresh.items()}
+    return {name: torch.full_like(trained[name], value) for name, value in names.items() if name in trained}
 
 
 @contextmanager
@@ -251,6 +261,57 @@ def guarded(
                 parameter.grad = gradient
 
 
+class Walk:
+    """A network on its way through the steps of an order: iterate, or enter any step at any time.
+
+    During a visit the network itself holds the random values of `visit.random` and the trained values
+    everywhere else; BatchNorm's running statistics stay trained unless reset_statistics.
+    """
+
+    def __init__(
+        self,
+        swap: _Swap,
+        planned: Sequence[tuple[Stage, tuple[Stage, ...]]],
+        draw: Callable[[str, Tensor, str], Tensor],
+        reset_statistics: bool,
+    ) -> None:
+        self._swap, self._planned, self._draw, self._reset = swap, planned, draw, reset_statistics
+        self._kept: dict[int, tuple[Visit, dict[str, Tensor]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._planned)
+
+    def __iter__(self) -> Iterator[Visit]:
+        for index in range(len(self)):
+            yield self.enter(index)
+            self.forget()
+
+    def enter(self, index: int) -> Visit:
+        """Put the network as it stands at a step; the step's values are kept until `forget`."""
+        if index not in self._kept:
+            self._kept[index] = self._prepared(index)
+        visit, values = self._kept[index]
+        self._swap.restore()
+        for name, value in values.items():
+            self._swap.put(name, value)
+        return visit
+
+    def forget(self) -> None:
+        """Give the values of all steps free, as far as nobody else keeps them."""
+        self._kept = {}
+
+    def _prepared(self, index: int) -> tuple[Visit, dict[str, Tensor]]:
+        stage, random = self._planned[index]
+        trained, names = self._swap.trained, [name for one in random for name in one.parameters]
+        # Re-initialisers may look at the network: they see it trained.
+        self._swap.restore()
+        values = {name: self._draw(name, trained[name], stage.name) for name in names}
+        unchanged = tuple(name for name in names if torch.equal(values[name], trained[name]))
+        if self._reset:
+            values |= _fresh_statistics(trained, [norm for one in random for norm in one.norms])
+        return Visit(index, stage, random, unchanged), values
+
+
 @contextmanager
 def randomized(
     network: nn.Module,
@@ -259,26 +320,16 @@ def randomized(
     seed: int,
     draws: Draws | Other,
     reset_statistics: bool = False,
-) -> Iterator[Iterator[Visit]]:
-    """Take a network through an order; the context gives an iterator of visits.
+) -> Iterator[Walk]:
+    """Take a network through an order; the context gives its `Walk`.
 
-    During each visit the network itself holds the random values of `visit.random` and the trained values
-    everywhere else; BatchNorm's running statistics stay trained unless reset_statistics. On leaving, by
-    whatever way, parameters and buffers have their own storage back; no trained value is ever written to.
+    On leaving, by whatever way, parameters and buffers have their own storage back; no trained value is ever
+    written to.
     """
     with _Swap(network) as swap:
+        draw = partial(_value, draws, network, seed)
+        yield Walk(swap, steps(stages, order), draw, reset_statistics)
 
-        def walk() -> Iterator[Visit]:
-            for index, (stage, random) in enumerate(steps(stages, order)):
-                swap.__exit__()
-                unchanged = []
-                for name in (name for one in random for name in one.parameters):
-                    value = draws.of(network, name, swap.trained[name], seed, stage.name)
-                    swap.put(name, value)
-                    if torch.equal(value, swap.trained[name]):
-                        unchanged.append(name)
-                if reset_statistics:
-                    _reset_statistics(swap, [norm for one in random for norm in one.norms])
-                yield Visit(index, stage, random, tuple(unchanged))
 
-        yield walk()
+def _value(draws: Draws | Other, network: nn.Module, seed: int, name: str, trained: Tensor, step: str) -> Tensor:
+    return draws.of(network, name, trained, seed, step)

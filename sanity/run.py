@@ -29,7 +29,7 @@ from sanity.observation import (
     explained,
     first_look,
     load,
-    look_again,
+    look_through,
     second_look,
 )
 from sanity.plan import DEFAULT_METHODS, Members, Plan, read_yaml
@@ -94,11 +94,12 @@ def walk(
     """Take one chunk of images through one order under one seed, within `guarded`; steps in `done` are left out."""
     network = classifier.network
     with randomized(network, stages, cell.order, cell.seed, source, plan.batchnorm == "reset") as visits:
-        for visit in visits:
-            key = Key(*cell, visit.index)
-            if key not in done:
-                seen = look_again(engine, plan, network, base.trained, key) if visit.index else base.control
-                yield compare(plan, classifier, key, visit, base.originals, seen)
+        first, *others = [Key(*cell, index) for index in range(len(visits))]
+        if first not in done:
+            yield compare(plan, classifier, first, visits.enter(0), base.originals, base.control)
+        pending = [key for key in others if key not in done]
+        for key, visit, seen in look_through(engine, plan, network, base.trained, visits, pending):
+            yield compare(plan, classifier, key, visit, base.originals, seen)
 
 
 def keys(plan: Plan, stages: Sequence[Stage], chunk: int) -> list[Key]:

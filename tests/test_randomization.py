@@ -198,9 +198,9 @@ def test_a_module_that_cannot_reset_itself_is_named() -> None:
     network = Scale()
     stages: Sequence[Stage] = [Stage("all", ("factor",))]
     with randomized(network, stages, "cascading", 0, draws("module")) as visits:
-        next(visits)
+        visits.enter(0)
         with pytest.raises(ValueError, match="cannot re-initialise factor: Scale has no reset_parameters"):
-            next(visits)
+            visits.enter(1)
 
 
 def test_running_statistics_stay_or_are_reset(awkward: nn.Module) -> None:

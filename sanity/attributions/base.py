@@ -81,24 +81,26 @@ class Rule:
     forward once, at `points`; images are the pictures that the points belong to. name tells rules apart:
     methods whose rules have one name share evaluations. finite: the rule looks at differences of a
     rectifier's outputs, not at its derivative. layered: it looks at every linear layer, so that none may
-    be folded into another.
+    be folded into another. replayable: it acts on each call by itself, so that calls it saw before need not be
+    made again.
     """
 
     name: str
     context: Context = lambda network, points, images: nullcontext()
     finite: bool = False
     layered: bool = False
+    replayable: bool = False
 
 
-PLAIN = Rule("plain")
+PLAIN = Rule("plain", replayable=True)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What came back from a method's points: (N, C, H, W) float64 mean and mean of squares."""
+    """What came back from a method's points: (N, C, H, W) float64 mean, and mean of squares where asked for."""
 
     mean: Tensor
-    mean_square: Tensor
+    mean_square: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,14 @@ class GradientMethod(Method):
 
     points(options) are evaluated under the rule of `under(options)`; each gradient is multiplied by
     `weigh(point, pixels, id, seed)` where given; combine(inputs, moments) makes the attribution
-    (N, C, H, W) of the results.
+    (N, C, H, W) of the results; spread: it needs the mean of squares, too.
     """
 
     points: Callable[[Mapping[str, Option]], tuple[Point, ...]] = field(kw_only=True)
     combine: Callable[[Inputs, Moments], Tensor] = field(kw_only=True)
     weigh: Callable[[Point, Tensor, str, int], Tensor] | None = None
     under: Callable[[Mapping[str, Option]], Rule] = lambda options: PLAIN
+    spread: bool = False
 
     def __post_init__(self) -> None:
         # Numbers that make no sense are refused where they are given, not in the middle of a run.

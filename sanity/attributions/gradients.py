@@ -127,11 +127,13 @@ def mean_gradient(inputs: Inputs, moments: Moments) -> Tensor:
 
 def mean_square(inputs: Inputs, moments: Moments) -> Tensor:
     """Attribution (N, C, H, W), >= 0: the squared gradient, averaged over the points."""
+    assert moments.mean_square is not None
     return moments.mean_square
 
 
 def variance(inputs: Inputs, moments: Moments) -> Tensor:
     """Attribution (N, C, H, W), >= 0: the gradient's variance over the points, divided by their number."""
+    assert moments.mean_square is not None
     return (moments.mean_square - moments.mean.square()).clamp(min=0)
 
 
@@ -152,13 +154,16 @@ SMOOTHGRAD = GradientMethod(
     points=_noisy,
     combine=mean_gradient,
 )
-SMOOTHGRAD_SQUARED = replace(SMOOTHGRAD, name="smoothgrad_squared", source="Hooker et al. 2019", combine=mean_square)
+SMOOTHGRAD_SQUARED = replace(
+    SMOOTHGRAD, name="smoothgrad_squared", source="Hooker et al. 2019", combine=mean_square, spread=True
+)
 VARGRAD = replace(
     SMOOTHGRAD,
     name="vargrad",
     source="Adebayo et al. 2018, ICLR workshop",
     options={"samples": 25, "sigma": 0.15},
     combine=variance,
+    spread=True,
 )
 INTEGRATED_GRADIENTS = GradientMethod(
     "integrated_gradients",

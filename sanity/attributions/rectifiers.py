@@ -143,8 +143,10 @@ def _deconvolve(z: Tensor, rectify: Callable[[Tensor], Tensor]) -> Tensor:
     return ruled(z, lambda: rectify(z), lambda gradient: gradient.clamp(min=0))
 
 
-GUIDED = Rule("guided", lambda network, points, images: Rectifying(_guide))
-DECONVOLUTION = Rule("deconvolution", lambda network, points, images: Rectifying(_deconvolve, spare=True))
+GUIDED = Rule("guided", lambda network, points, images: Rectifying(_guide), replayable=True)
+DECONVOLUTION = Rule(
+    "deconvolution", lambda network, points, images: Rectifying(_deconvolve, spare=True), replayable=True
+)
 
 GUIDED_BACKPROP = GradientMethod(
     "guided_backprop",

@@ -1,0 +1,190 @@
+"""Reuse of what comes before the first random stage: the same numbers as without, wherever it is on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from sanity import attributions, models
+from sanity.attributions import Inputs
+from sanity.engine import Answer, Engine, State, gradients, predict, record
+from sanity.randomization import Draws, guarded, randomized, reinitialiser
+from sanity.reuse import CannotReuseError
+from sanity.stages import derived, grouped
+from tests.conftest import Awkward, seeded
+
+METHODS = ("gradient", "smoothgrad:samples=2", "vargrad:samples=2", "integrated_gradients:samples=3", "edges")
+RULES = ("guided_backprop", "deconvnet", "frozen:gradient", "deeplift", "lrp_epsilon")
+
+
+def grid(size: int) -> Tensor:
+    return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2 - 1
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "awkward": (Awkward, 17),
+    "resnet18": (lambda: torchvision.models.resnet18(weights=None, num_classes=7), 48),
+    "inception_v3": (lambda: models.MODELS[1].build(7), 80),
+    "efficientnet_lite0": (lambda: models.MODELS[0].build(7), 48),
+    "squeezenet": (lambda: torchvision.models.squeezenet1_1(weights=None, num_classes=7), 48),
+    "densenet": (lambda: torchvision.models.DenseNet(8, (2, 2), 8, num_classes=7), 48),
+    "googlenet": (lambda: torchvision.models.GoogLeNet(7, aux_logits=False, init_weights=False), 64),
+    "vision_transformer": (lambda: torchvision.models.VisionTransformer(16, 8, 2, 2, 8, 16, num_classes=7), 16),
+}
+
+
+def swept(
+    network: nn.Module, x: Tensor, names: tuple[str, ...], order: str, reuse: bool, batch_size: int = 3
+) -> tuple[list[Answer], Engine]:
+    """What an engine says in all steps of an order."""
+    inputs = Inputs(x, torch.tensor([2, 1]), ("a", "b"), seed=5)
+    engine = Engine([attributions.find(name) for name in names], batch_size, reuse=reuse)
+    stages = derived(network, x[:1])
+    stages = grouped(stages, min(4, len(stages)))
+    with guarded(network), randomized(network, stages, order, 3, Draws(reinitialiser("variance_scaling"))) as walk:
+        states = [State(lambda index=index: walk.enter(index), inputs) for index in range(len(walk))]
+        answers = engine.sweep(network, states, lambda: walk.enter(0))
+        for answer, state in zip(answers, states, strict=True):
+            state.enter()
+            assert answer.logits is not None
+            assert_close(answer.logits, predict(network, x, 2), rtol=1e-9, atol=1e-11)
+    return answers, engine
+
+
+def made(name: str) -> nn.Module:
+    build, _ = NETWORKS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build().double().eval()
+    # torchvision's transformer starts with a head of zeros, whose maps are all zero.
+    for parameter in network.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter.data, 0, 0.1, generator=torch.Generator().manual_seed(1))
+    return network
+
+
+ORDERS = [("awkward", "bottom_up"), ("resnet18", "bottom_up"), *((name, "cascading") for name in NETWORKS)]
+ORDERS += [("awkward", "independent"), ("efficientnet_lite0", "independent")]
+
+
+@pytest.mark.parametrize(("name", "order"), ORDERS)
+def test_maps_are_the_same_as_without_reuse(name: str, order: str) -> None:
+    network, x = made(name), grid(NETWORKS[name][1])
+    names = METHODS if name == "awkward" else ("gradient", "smoothgrad:samples=1")
+    names += ("guided_backprop",) * (name != "vision_transformer")
+    with_reuse, _ = swept(network, x, names, order, True)
+    without, _ = swept(network, x, names, order, False)
+    for found, wanted in zip(with_reuse, without, strict=True):
+        for method, want in wanted.maps.items():
+            assert_close(found.maps[method], want, rtol=1e-9, atol=1e-11 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_is_the_same_with_and_without(rule: str) -> None:
+    network, x = seeded(Awkward), grid(17)
+    with_reuse, _ = swept(network, x, ("gradient", rule), "cascading", True)
+    without, _ = swept(network, x, ("gradient", rule), "cascading", False)
+    for found, wanted in zip(with_reuse, without, strict=True):
+        for method, want in wanted.maps.items():
+            assert_close(found.maps[method], want, rtol=1e-10, atol=1e-13)
+
+
+class Three(nn.Module):
+    """Three convolutions in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, 3, 3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.relu(self.b(F.relu(self.a(x))))).mean((2, 3))
+
+
+def test_only_what_lies_above_the_lowest_random_stage_is_run() -> None:
+    network, x = seeded(Three), grid(9)
+
+    def shares(order: str) -> list[float]:
+        inputs = Inputs(x, torch.tensor([2, 1]), ("a", "b"))
+        engine = Engine([attributions.find("gradient")], 2)
+        with guarded(network), randomized(network, stages, order, 0, Draws(reinitialiser("normal:1"))) as walk:
+            points = x.clone().requires_grad_()
+            recording = record(network, points, x, engine.methods[0].rule)
+            for index in range(len(walk)):
+                walk.enter(index)
+                gradients(network, points, x, inputs.targets, engine.methods[0].rule, recording)
+        return [round(share * len(recording.calls)) for share in recording.shares]
+
+    stages = derived(network, x[:1], "layer")
+    assert [stage.name for stage in stages] == ["c", "b", "a"]
+    # Calls: convolution, rectifier, convolution, rectifier, convolution, mean.
+    assert shares("cascading") == [6, 4, 2, 0]
+    assert shares("independent") == [6, 4, 2, 0]
+    assert shares("bottom_up") == [6, 0, 0, 0]
+
+
+class AddsInPlace(nn.Module):
+    """Adds what is random to a kept tensor, in place; another branch reads it before it is rectified in place."""
+
+    def __init__(self, harm: str) -> None:
+        super().__init__()
+        self.low, self.high, self.side = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.harm = harm
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.low(x) * 1.0
+        if self.harm == "write":
+            y += self.high(y * 2.0)
+            return self.side(y).mean((2, 3))
+        # Neither product nor sum keeps what it reads for its gradient, so that it may be written to afterwards.
+        shift = self.high(x).mean()
+        other = y * 1.0 + shift if self.harm == "none" else y + shift
+        y += 1.0
+        return (self.side(y) * other).mean((2, 3))
+
+
+@pytest.mark.parametrize("harm", ["write", "read", "none"])
+def test_a_network_that_writes_to_what_was_kept_is_run_as_a_whole(harm: str) -> None:
+    network, x = seeded(lambda: AddsInPlace(harm)), grid(9)
+    for order in ("cascading", "independent"):
+        with_reuse, _ = swept(network, x, ("gradient",), order, True)
+        without, _ = swept(network, x, ("gradient",), order, False)
+        for found, wanted in zip(with_reuse, without, strict=True):
+            assert_close(found.maps["gradient"], wanted.maps["gradient"], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("harm", ["write", "read"])
+def test_such_a_network_is_noticed(harm: str) -> None:
+    network, x = seeded(lambda: AddsInPlace(harm)), grid(9)
+    rule = attributions.find("gradient").rule
+    with guarded(network):
+        points = x.clone().requires_grad_()
+        recording = record(network, points, x, rule)
+        network.high.weight.data = network.high.weight.data * 2
+        with pytest.raises(CannotReuseError):
+            gradients(network, points, x, torch.tensor([2, 1]), rule, recording)
+
+
+def test_a_network_whose_way_depends_on_what_it_sees_is_right() -> None:
+    class Fickle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.b(self.a(x))
+            if y.mean() > 0:
+                y = F.relu(y) * 3
+            return self.c(y + self.a(x)).mean((2, 3))
+
+    network, x = seeded(Fickle), grid(9)
+    for order in ("cascading", "independent", "bottom_up"):
+        with_reuse, _ = swept(network, x, ("gradient",), order, True, 2)
+        without, _ = swept(network, x, ("gradient",), order, False, 2)
+        for found, wanted in zip(with_reuse, without, strict=True):
+            assert_close(found.maps["gradient"], wanted.maps["gradient"], rtol=1e-12, atol=1e-14)
