@@ -15,7 +15,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
-from sanity import attributions, fingerprints, images, models, similarity, stages, summary
+from sanity import attributions, experiment, fingerprints, images, models, similarity, stages, summary
 from sanity.blocks import predictions as read_packed
 from sanity.cells import Ledger
 from sanity.cli import HelpFormatter, add_fields, parse, plan_of, with_preset
@@ -48,6 +48,7 @@ stage, explain the same pictures again, and measure how alike the maps stay (Ade
   python -m sanity.run                              bundled network and photographs, about a minute
   python -m sanity.run --model resnet50 --images photos/ --preset paper
   python -m sanity.run --model inception_v3 --weights FILE.pth --images photos/ --orders cascading independent
+  python -m sanity.run --test data --data mnist --model cnn
   python -m sanity.run --methods gradient,my_package.mine:explain --config plan.yaml --output results/mine
 
 Writes OUTPUT/scores.parquet (one row an image), predictions.parquet, fingerprints.parquet (of the trained maps, for
@@ -90,6 +91,9 @@ def parser() -> ArgumentParser:
         help=f"start from a plan file of the package: {', '.join(presets())} (default: quick)",
     )
     made.add_argument("--config", action="config", help="YAML plan file; its keys are the flags' names")
+    small = made.add_argument_group("the published experiments on small networks; these stand for other flags")
+    for name, (placeholder, words) in experiment.FLAGS.items():
+        small.add_argument(f"--{name}", metavar=placeholder, help=words)
     for title, names in (
         ("what is explained", WHAT),
         ("how it is randomized", RANDOMIZED),
@@ -124,11 +128,14 @@ def parser() -> ArgumentParser:
 
 def command(arguments: Sequence[str]) -> int:
     """Parse, check, run, write; everything that can be refused is refused before the folder is touched."""
-    values = parse(parser(), with_preset(arguments, "quick"))
+    plain, trainings = experiment.spelt_out(arguments)
+    values = parse(parser(), with_preset(plain, "quick"))
     if values.list:
         print(listing())
         return 0
     plan, setting = plan_of(values), setting_of(values)
+    for training in trainings:
+        training.ensure()
     clock = Clock()
     pictures = images.find(plan.images, skip_bad=plan.skip_bad_images, limit=plan.limit)
     classifier = models.load(plan.model, plan.weights)
