@@ -81,7 +81,8 @@ def _checked(rows: pd.DataFrame, name: str) -> pd.DataFrame:
         raise ValueError(f"the {name} run's scores lack the columns {missing}")
     if (twice := rows.duplicated(CELL)).any():
         raise ValueError(f"the {name} run holds a cell twice: {_example(rows[twice])}")
-    rows = rows.copy()
+    # no score must pass for one because its status says so
+    rows = rows.assign(status=rows["status"].where((rows["status"] != "ok") | np.isfinite(rows["value"]), "no value"))
     rows.attrs = {}  # which pandas would copy at every step
     return rows
 
@@ -280,7 +281,11 @@ def _angular(a: pd.DataFrame, b: pd.DataFrame, column: str, name: str) -> pd.Dat
     The angle is linear in a small relative error, which correlation (its cosine) squares away.
     """
     common = a.index.intersection(b.index, sort=False)
+    if common.empty:
+        raise ValueError("the runs' fingerprints have no image and method in common")
     x, y = (np.stack(look.loc[common, column].to_list()).astype(np.float64) for look in (a, b))
+    if x.shape != y.shape:
+        raise ValueError(f"the runs' fingerprints are grids of {x.shape[1]} and {y.shape[1]} cells")
     x, y = (grid - grid.mean(1, keepdims=True) for grid in (x, y))
     with np.errstate(invalid="ignore", divide="ignore"):
         x, y = (grid / np.linalg.norm(grid, axis=1, keepdims=True) for grid in (x, y))

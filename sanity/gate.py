@@ -103,13 +103,13 @@ def _maps(
 def _stages(baseline: Mapping[str, Any], current: Mapping[str, Any]) -> list[Finding]:
     """Parameters that a stage of both runs randomizes in one of them only, or that one left as they were."""
     found = []
-    old, new = (header.get("stages", {}) for header in (baseline, current))
+    old, new = (header.get("stages") or {} for header in (baseline, current))
     for stage in (name for name in old if name in new):
         if changed := sorted(set(old[stage]) ^ set(new[stage])):
             found.append(
                 Finding("stage", f"stage {stage} randomizes other parameters, such as {changed[0]}", len(changed))
             )
-    kept = [{n for names in h.get("unchanged_parameters", {}).values() for n in names} for h in (baseline, current)]
+    kept = [{n for names in (h.get("unchanged_parameters") or {}).values() for n in names} for h in (baseline, current)]
     if fresh := sorted(kept[1] - kept[0]):
         found.append(
             Finding(
@@ -282,6 +282,10 @@ def parser() -> argparse.ArgumentParser:
 def command(arguments: Sequence[str]) -> int:
     """Parse, compare, tell."""
     values = parser().parse_args(arguments)
+    for flag, path in (("--junit", values.junit), ("--markdown", values.markdown)):
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            why = "is a folder; name a file" if path.is_dir() else f"cannot be written: no folder {path.parent}"
+            raise ValueError(f"{flag} {path} {why}")
     found = _found(values)
     if values.junit:
         values.junit.write_text(found.to_junit(), encoding="utf-8")
@@ -295,8 +299,8 @@ def command(arguments: Sequence[str]) -> int:
 def _found(values: argparse.Namespace) -> Outcome:
     tolerant = values.inconclusive == "pass"
     if values.verdicts:
-        if values.runs or not values.expect:
-            raise ValueError("--verdicts RUN takes --expect METHOD=verdict,... and no other run")
+        if values.runs or values.allow or not values.expect:
+            raise ValueError("--verdicts RUN takes --expect METHOD=verdict,..., and neither another run nor --allow")
         return expect(read(values.verdicts), values.expect, tolerant)
     if len(values.runs) != 2 or values.expect:
         raise ValueError(f"give two runs, BASELINE and CURRENT, not {len(values.runs)}; or --verdicts RUN --expect ...")

@@ -71,31 +71,58 @@ def to_table(rows: Iterable[tuple[Any, ...]], row: type[NamedTuple]) -> pa.Table
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema(row), strict=True)], schema(row))
 
 
-def read_rows(path: Path) -> pd.DataFrame:
-    """Read scores or predictions. Raises ValueError for a file that is none, or of a newer schema."""
+def read_rows(path: Path, row: type[NamedTuple] | None = None) -> pd.DataFrame:
+    """Read a table that a run left. Raises ValueError for a file that is none, of a newer schema, or not of `row`s."""
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"cannot read {path}: {first_line(error)}") from None
-    version = int((table.schema.metadata or {}).get(b"sanity_schema", b"0"))
-    if version > SCHEMA_VERSION:
+    version = (table.schema.metadata or {}).get(b"sanity_schema", b"0").decode(errors="replace")
+    if not version.isdecimal():
+        raise ValueError(f"{path} has schema {version!r}, which is no number")
+    if int(version) > SCHEMA_VERSION:
         raise ValueError(f"{path} has schema {version}, newer than {SCHEMA_VERSION}: update saliency-sanity")
-    frame: pd.DataFrame = table.to_pandas()
+    frame: pd.DataFrame = (table if row is None else _typed(table, row, path)).to_pandas()
     return frame
+
+
+def _typed(table: pa.Table, row: type[NamedTuple], path: Path) -> pa.Table:
+    """The table with its rows' own types, as a folder of parts or another program may have written others."""
+    if missing := [name for name in row._fields if name not in table.column_names]:
+        raise ValueError(f"{path} lacks the columns {missing}")
+    for field_ in schema(row):
+        place = table.column_names.index(field_.name)
+        try:
+            table = table.set_column(place, field_, table[place].cast(field_.type))
+        except pa.ArrowException as error:
+            raise ValueError(f"{path}: column {field_.name}: {first_line(error)}") from None
+    return table
+
+
+def read_scores(folder: Path) -> pd.DataFrame:
+    """A run's scores. Raises ValueError as `read_rows` does."""
+    return read_rows(folder / "scores.parquet", Score)
 
 
 def read_unrelated(folder: Path) -> pd.DataFrame | None:
     """Similarities of different images' trained maps, the level `summary.verdicts` judges by, if a run has them."""
     path = folder / "unrelated.parquet"
-    return read_rows(path) if path.exists() else None
+    return read_rows(path, Score) if path.exists() else None
 
 
 def read_header(folder: Path) -> dict[str, Any]:
     """The run's `run.json`. Raises ValueError if the folder holds no run."""
     try:
-        header: dict[str, Any] = json.loads((folder / "run.json").read_text())
+        header: Any = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no run: there is no run.json in it") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no run: {error}") from None
+        raise ValueError(f"{folder} holds no run: its run.json cannot be read: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{folder} holds no run: its run.json is no JSON object")
+    for name in ("plan", "stages", "unchanged_parameters"):
+        if not isinstance(header.get(name) or {}, dict):
+            raise ValueError(f"{folder} holds no run: {name} in its run.json is no JSON object")
     return header
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from sanity.records import read_header, read_rows, read_unrelated
+from sanity.records import read_header, read_rows, read_scores, read_unrelated
 from sanity.registry import suggest
 
 IRRELEVANT = {"weights", "images", "limit", "skip_bad_images", "save_maps", "strips", "hide_pictures"}
@@ -35,14 +35,14 @@ def read(path: Path) -> Run:
         raise ValueError(f"{path} holds an unfinished run (status {header['status']!r}); resume it first")
     stored = path / "fingerprints.parquet"
     looks = read_rows(stored) if stored.exists() else None
-    return Run(path, header, read_rows(path / "scores.parquet"), looks, read_unrelated(path))
+    return Run(path, header, read_scores(path), looks, read_unrelated(path))
 
 
 def differences(baseline: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
     """What two runs' headers differ in, of all that decides numbers: name -> the two values."""
     hashes = {"weights": "weights_sha256", "images": "images_sha256", "protocol": "protocol_version"}
     pairs = {name: (baseline.get(key), current.get(key)) for name, key in hashes.items()}
-    old, new = (header.get("plan", {}) for header in (baseline, current))
+    old, new = (header.get("plan") or {} for header in (baseline, current))
     for name in dict.fromkeys([*old, *new]):
         if name not in IRRELEVANT:
             pairs[name] = (_value(name, old), _value(name, new))
@@ -76,7 +76,7 @@ def _short(value: Any) -> str:
 def admit(baseline: Run, current: Run, allowed: Sequence[str]) -> dict[str, str]:
     """Differences, all of them allowed. Raises ValueError that names those that are not."""
     found = differences(baseline.header, current.header)
-    numbers = {name for name in baseline.header.get("plan", {}) if name not in IRRELEVANT}
+    numbers = {name for name in baseline.header.get("plan") or {} if name not in IRRELEVANT}
     known = sorted({"weights", "images", "protocol", "stages", *numbers, *found})
     for name in allowed:
         if name not in known:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sanity.records import read_header, read_rows, read_unrelated
+from sanity.records import read_header, read_scores, read_unrelated
 from sanity.report.looks import CONTROLS
 from sanity.report.manifest import trained
 from sanity.summary import VERDICT_COLUMNS, summarize, verdicts
@@ -71,14 +71,11 @@ def read_all(folders: Sequence[Path]) -> list[StoredRun]:
 
 def _read(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     header = read_header(folder)
-    if not isinstance(header, dict):
-        raise ValueError(f"{folder} holds no run: its run.json is no JSON object")
     if header.get("status", "complete") != "complete":
         raise ValueError(f"{folder} holds an unfinished run; finish it: python -m sanity.run ... --resume")
-    scores = read_rows(folder / "scores.parquet")
-    if "model" not in scores or (count := scores["model"].nunique()) != 1:
-        found = "none" if "model" not in scores else count
-        raise ValueError(f"{folder / 'scores.parquet'}: scores of one model expected, found {found}")
+    scores = read_scores(folder)
+    if (count := scores["model"].nunique()) != 1:
+        raise ValueError(f"{folder / 'scores.parquet'}: scores of one model expected, found {count or 'none'}")
     return header, scores
 
 

@@ -18,6 +18,8 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image
 
+from sanity.registry import first_line
+
 Maps = NDArray[np.int8]
 Pixels = NDArray[np.uint8]
 
@@ -208,8 +210,8 @@ def stored(path: Path) -> list[tuple[str, str]]:
     try:
         with path.open("rb") as raw, np.load(raw) as file:
             keys = [key.split("/", 2) for key in file.files if key.startswith("maps/")]
-    except (BadZipFile, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (BadZipFile, EOFError, ValueError) as error:
+        raise ValueError(f"{path} holds no strips: {first_line(error)}") from error
     return list(dict.fromkeys((order, rest.rpartition("/")[0]) for _, order, rest in keys))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from sanity.records import Prediction, read_rows
 from sanity.report import strips
 from sanity.report.figures import explained
 from sanity.report.looks import REACH, WORDS
@@ -125,7 +126,7 @@ def _answers(run: StoredRun, seed: int) -> Mapping[tuple[str, str, int], Any]:
     path = run.folder / "predictions.parquet"
     if not path.exists():
         return {}
-    seen = pd.read_parquet(path)
+    seen = read_rows(path, Prediction)
     seen = seen[seen["seed"] == seed]
     columns = ["order", "image", "stage_index"]
     keys = seen[columns].itertuples(index=False, name=None)
