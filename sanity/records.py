@@ -73,6 +73,8 @@ def to_table(rows: Iterable[tuple[Any, ...]], row: type[NamedTuple]) -> pa.Table
 
 def read_rows(path: Path, row: type[NamedTuple] | None = None) -> pd.DataFrame:
     """Read a table that a run left. Raises ValueError for a file that is none, of a newer schema, or not of `row`s."""
+    if not path.exists():
+        raise ValueError(f"cannot read {path}: there is no such file")
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:

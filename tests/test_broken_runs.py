@@ -52,7 +52,7 @@ BROKEN = {
     "header a list": (text("run.json", b"[1]"), "its run.json is no JSON object"),
     "plan a list": (header(plan=["model"]), "plan in its run.json is no JSON object"),
     "stages a list": (header(stages=["fc"]), "stages in its run.json is no JSON object"),
-    "no scores": (lambda folder: (folder / "scores.parquet").unlink(), "cannot read"),
+    "no scores": (lambda folder: (folder / "scores.parquet").unlink(), "scores.parquet: there is no such file"),
     "scores cut": (text("scores.parquet", b"PAR1"), "cannot read"),
     "column gone": (column(lambda rows: rows.drop(columns="target")), "lacks the columns ['target']"),
     "words for numbers": (column(lambda rows: rows.assign(value="high")), "column value: Failed to parse string"),

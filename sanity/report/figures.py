@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sanity.records import Prediction, read_rows, read_scores
+from sanity.records import read_rows
 from sanity.report import strips
 from sanity.report.curves import caption, curve, reach
 from sanity.report.looks import safe
@@ -29,7 +29,7 @@ def draw(run_folder: Path, on_progress: Callable[[int, int], None] | None = None
     strips.npz, no strips). on_progress(done, total) is called after each figure. Raises OSError if a file
     cannot be read or written, ValueError if the scores are empty or of several models.
     """
-    scores = read_scores(run_folder)
+    scores = pd.read_parquet(run_folder / "scores.parquet")
     if len(models := list(scores["model"].unique())) != 1:
         raise ValueError(f"{run_folder / 'scores.parquet'}: scores of one model expected, found {models}")
     name = models[0] + (" (untrained)" if _untrained(run_folder / "run.json") else "")
@@ -96,7 +96,7 @@ def explained(folder: Path, scores: pd.DataFrame) -> dict[tuple[str, str], str]:
     """The explained class of each order's images, in words, as far as the run's predictions name it."""
     names: dict[int, str] = {}
     if (path := folder / "predictions.parquet").exists():
-        seen = read_rows(path, Prediction)
+        seen = read_rows(path)
         names = dict(zip(seen["top1"], seen["top1_name"], strict=True))
     targets = scores.groupby(["order", "image"])["target"].unique()
     one = {key: found[0] for key, found in targets.items() if len(found) == 1}
