@@ -164,6 +164,7 @@ def examine(model: nn.Module, images: Tensor, method: Any, choices: Mapping[str,
         "plan": plan.as_dict(),
         "weights_sha256": classifier.weights_sha256,
         "images_sha256": pictures.digest,
+        **{name: scores.attrs[name] for name in ("stages", "unchanged_parameters")},
     }
     unrelated = pd.DataFrame(scores.attrs.get("unrelated", []))
     return Run(Path("this test"), header, scores, pd.DataFrame(looks), unrelated if len(unrelated) else None)

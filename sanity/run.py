@@ -172,7 +172,8 @@ def check(
     its own device and left exactly as it was. Raises ValueError for anything that makes no sense.
 
     The columns are those of `scores.parquet`; `sanity.summarize` and `sanity.verdicts` take the frame. Its
-    `attrs["untouched_parameters"]` lists what no stage reached, and so was never random.
+    `attrs["untouched_parameters"]` lists what no stage reached, and so was never random; `attrs["stages"]` and
+    `attrs["unchanged_parameters"]` are those of `run.json`.
     """
     fixed = {"target": "label"} if labels is not None else {}
     listed = stages if isinstance(stages, str | int | Mapping) else tuple(stages)
@@ -187,6 +188,12 @@ def check(
     frame: pd.DataFrame = to_table([score for step in taken for score in step.scores], Score).to_pandas()
     # Travels with the frame, so that `sanity.verdicts(frame)` knows what maps of different images show.
     frame.attrs["untouched_parameters"] = list(untouched(model, found))
+    frame.attrs["stages"] = {stage.name: list(stage.parameters) for stage in found}
+    frame.attrs["unchanged_parameters"] = {
+        f"{step.key.seed}/{step.key.order}/{step.key.stage_index}": list(step.unchanged)
+        for step in taken
+        if step.unchanged
+    }
     frame.attrs["unrelated"] = [score._asdict() for step in taken for score in step.unrelated]
     return frame
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -112,6 +113,7 @@ def test_a_baseline_is_stored_then_met_then_missed(project, pytester):
     (folder,) = (pytester.path / "stored").iterdir()
     names = {"run.json", "scores.parquet", "unrelated.parquet", "fingerprints.parquet"}
     assert {path.name for path in folder.iterdir()} == names
+    assert list(json.loads((folder / "run.json").read_text())["stages"]) == ["8", "4..2", "0"]
     assert main(["--verdicts", str(folder), "--expect", "gradient:spearman=pass"]) == 0
     project(a_test(), *where).assert_outcomes(passed=1)
     # the same test, an explainer of the same name that now explains the next class

@@ -40,6 +40,8 @@ def test_rows_are_long_form_one_a_picture(awkward: nn.Module, pictures: Tensor) 
     assert rows["stage"].unique().tolist() == ["trained", "head", "right", "left", "stem.0"]
     assert rows["value"].dtype == np.float64
     assert rows.attrs["untouched_parameters"] == ["unused.weight", "unused.bias"]
+    assert list(rows.attrs["stages"]) == list(rows["stage"].unique()[1:])
+    assert {name for names in rows.attrs["stages"].values() for name in names} >= {"stem.0.weight", "head.bias"}
     assert set(rows["image"]) == {"image-000", "image-001", "image-002"}
 
 
