@@ -15,6 +15,11 @@ _DETERMINISTIC = {torch.zeros, torch.ones, torch.full, torch.arange, torch.linsp
 """Functions that make a tensor of none, always the same one."""
 
 
+_METADATA = {
+    "__get__", "dim", "ndimension", "size", "numel", "nelement", "stride", "storage_offset", "is_contiguous",
+    "is_floating_point", "is_complex", "element_size", "get_device", "__len__",
+}  # fmt: skip
+"""Functions that read what a tensor looks like and not what is in it; __get__ stands for all attributes."""
 _PLAIN = (int, float, str, torch.dtype, torch.device, torch.memory_format)
 
 
@@ -46,6 +51,10 @@ class Recording(TorchFunctionMode):
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func.__name__ in _METADATA:
+            known = func(*args, **(kwargs or {}))
+            if not isinstance(known, Tensor):
+                return known
         leaves = _flat(args, kwargs)
         with torch._C.DisableTorchFunction():
             states = [_state(leaf) for leaf in leaves]
@@ -77,6 +86,10 @@ class Replaying(TorchFunctionMode):
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func.__name__ in _METADATA:
+            known = func(*args, **(kwargs or {}))
+            if not isinstance(known, Tensor):
+                return known
         leaves = _flat(args, kwargs)
         calls, place = self.recording.calls, self.place
         call = calls[place] if place < len(calls) and calls[place].func is func else None

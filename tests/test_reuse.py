@@ -128,6 +128,24 @@ def test_only_what_lies_above_the_lowest_random_stage_is_run() -> None:
     assert shares("bottom_up") == [6, 0, 0, 0]
 
 
+@pytest.mark.parametrize("name", ["inception_v3", "efficientnet_lite0", "resnet18", "densenet", "vision_transformer"])
+def test_real_networks_are_really_reused(name: str) -> None:
+    network, x = made(name), grid(NETWORKS[name][1])
+    rule = attributions.find("gradient").rule
+    stages = derived(network, x[:1])
+    with guarded(network), randomized(network, stages, "cascading", 0, Draws(reinitialiser("normal:1"))) as walk:
+        engine = Engine([], 2)
+        folded = engine._folded(network, Inputs(x, torch.tensor([0, 0]), ("a", "b")))
+        points = x.clone().requires_grad_()
+        recording = record(folded, points, x, rule)
+        for index in (0, 1, len(walk) - 1):
+            walk.enter(index)
+            gradients(folded, points, x, torch.tensor([0, 0]), rule, recording)
+    assert recording.shares[0] == 1
+    assert recording.shares[1] > 0.6
+    assert recording.shares[2] < 0.4
+
+
 class AddsInPlace(nn.Module):
     """Adds what is random to a kept tensor, in place; another branch reads it before it is rectified in place."""
 
