@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from typing import Any
 
 from sanity.registry import first_line
 from sanity.worker import Worker
+
+KNOCK = 10.0
+"""Seconds in which a cluster's address must answer."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,8 @@ def reached(cluster: Cluster) -> Iterator[Connection]:
         import ray
     except ImportError as error:
         raise ImportError(f"--engine ray needs Ray ({first_line(error)}): pip install 'saliency-sanity[ray]'") from None
+    if cluster.address is not None and cluster.address != "auto":
+        _knock(cluster.address)
     own = {"address": "local", "num_cpus": max(cores(), cluster.workers or 1), "include_dashboard": False}
     settings = own if cluster.address is None else {"address": cluster.address}
     try:
@@ -141,6 +147,17 @@ def reached(cluster: Cluster) -> Iterator[Connection]:
         yield _shared_out(ray, cluster)
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """See that something listens there: Ray itself would try for many minutes. Raises ValueError in one line."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"--address must be HOST:PORT or auto, not {address!r}")
+    try:
+        socket.create_connection((host, int(port)), KNOCK).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"no Ray at {address}: {error}") from None
 
 
 def _shared_out(ray: Any, cluster: Cluster) -> Connection:

@@ -195,9 +195,14 @@ class Crew:
 
 def _why(error: Exception) -> str:
     """What Ray says of a worker's end, in a line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = next((line for line in lines if "Error:" in line or "reason:" in line.lower()), "".join(lines[:1]))
-    return f"{type(error).__name__}: {told}"
+    words = str(error)
+    if "Worker exit detail:" in words:
+        detail = words.partition("Worker exit detail:")[2].partition("Some common causes")[0]
+        return f"its worker died, as for want of memory or by a signal: {' '.join(detail.split())}"
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
+    # Of an exception where the worker was made, the last line is the exception.
+    telling = [line for line in lines if "because its node" in line] or lines[-1:]
+    return f"{type(error).__name__}: {''.join(telling[:1])}"
 
 
 def lacking(plan: Plan, stages: Sequence[Stage], images: Images, done: frozenset[Key]) -> dict[Cell, list[Key]]:
