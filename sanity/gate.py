@@ -26,6 +26,7 @@ from sanity.comparison import (
     map_scores,
 )
 from sanity.outcome import Case, Outcome
+from sanity.records import write_text
 from sanity.registry import suggest
 from sanity.stored import Run, admit, read
 
@@ -288,7 +289,7 @@ def command(arguments: Sequence[str]) -> int:
             raise ValueError(f"{flag} {path} {why}")
     found = _found(values)
     if values.junit:
-        values.junit.write_text(found.to_junit(), encoding="utf-8")
+        write_text(values.junit, found.to_junit())
     if values.markdown:
         with values.markdown.open("a", encoding="utf-8") as file:
             file.write(found.to_markdown())

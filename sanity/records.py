@@ -133,6 +133,14 @@ def write_json(path: Path, value: object) -> None:
     atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text whole or not at all; a pipe or a terminal, which nothing can take the place of, as it comes."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` write a file beside `path`, and put it there when it is whole."""
     temporary = path.with_name(f".{path.name}.part")

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from sanity import gate, run
+from sanity.cli import parse, plan_of
+from sanity.session import parser
 
 NAME = "tests.test_gate_of_runs:mine"
 PLAN = ["--model", "tests.test_cli:factory", "--images", "photos", "--methods", NAME, "--similarities", "ssim", "hog"]
@@ -68,3 +74,21 @@ def test_a_run_from_before_fingerprints_were_kept_is_still_compared_and_said_so(
         (old / name).write_bytes((place / "baseline" / name).read_bytes())
     assert gate.main([str(old), str(place / "again")]) == 0
     assert "the trained network's maps are not compared: no fingerprints.parquet in" in capsys.readouterr().out
+
+
+def test_the_readmes_workflow_runs_with_the_flags_there_are():
+    """Parsed by the verbs' own parsers; what is expected of a run is expected of methods that it has."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (workflow,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (job,) = yaml.safe_load(workflow)["jobs"].values()
+    commands = [shlex.split(step["run"], comments=True) for step in job["steps"] if "run" in step]
+    arguments = [words[3:] for words in commands if words[:2] == ["python", "-m"]]
+    taken, compared, expected = arguments
+    plan = plan_of(parse(parser(), [word.replace("my_package.explain", "tests.test_gate_of_runs") for word in taken]))
+    names = [method.name for method in plan.explainers()]
+    similarities = plan.similarities
+    values = gate.parser().parse_args(compared)
+    assert (values.markdown, values.runs[1]) == (Path("$GITHUB_STEP_SUMMARY"), Path(taken[-1]))
+    values = gate.parser().parse_args(expected)
+    assert values.verdicts == Path(taken[-1])
+    assert len(gate.expectations(values.expect, names, similarities)) == 2

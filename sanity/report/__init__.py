@@ -89,6 +89,8 @@ def _texts(format_: str, runs: Sequence[StoredRun], output: Path, told: str) -> 
 
 
 def _save(output: Path, texts: str | Mapping[str, str]) -> None:
+    from sanity.records import write_text
+
     files = {output: texts} if isinstance(texts, str) else {output / name: text for name, text in texts.items()}
     if isinstance(texts, str) and output.is_dir():
         raise ValueError(f"--output {output} is a folder; name a file")
@@ -96,7 +98,7 @@ def _save(output: Path, texts: str | Mapping[str, str]) -> None:
         raise ValueError(f"--output {output} is a file; name a folder")
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     print(f"written: {output}" + ("" if isinstance(texts, str) else f" ({len(files)} files)"))
 
 

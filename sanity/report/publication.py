@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from sanity.records import atomically, write_text
 from sanity.report import strips
 from sanity.report.curves import caption, legend_name, plot, reach
 from sanity.report.figures import any_script, explained, stems
@@ -59,12 +60,13 @@ def publish(
             for kind in ("pdf", "svg"):
                 files.append(folder / f"{stem}.{kind}")
                 dates = {"CreationDate": None} if kind == "pdf" else {"Date": None}
-                figure.savefig(files[-1], metadata={"Creator": None, **dates}, dpi=DENSITY)
+                how: dict[str, Any] = {"format": kind, "metadata": {"Creator": None, **dates}, "dpi": DENSITY}
+                atomically(files[-1], partial(figure.savefig, **how))
             captions.append(f"{stem}: {words}\n")
             if on_progress:
                 on_progress(done, len(jobs))
     files.append(folder / "captions.txt")
-    files[-1].write_text("\n".join(captions), encoding="utf-8")
+    write_text(files[-1], "\n".join(captions))
     return files
 
 
