@@ -15,10 +15,9 @@ from sanity.attributions.nulls import NULLS
 from sanity.engine import Engine, predict
 from sanity.images import Images
 from sanity.models import Classifier, Preprocessing
-from sanity.observation import CHUNK, dtype_of, explained, load
+from sanity.observation import CHUNK, explained, load, working
 from sanity.plan import Plan
 from sanity.pointing import Box, boxes_of, hit, through
-from sanity.randomization import guarded
 from sanity.registry import suggest
 from sanity.run import refuse_unsuited
 from sanity.suppression import (
@@ -151,7 +150,7 @@ class Task:
                 raise ValueError(f"--boxes: the preprocessing of {self.classifier.name} is its own")
             if not any(boxes_of(self.boxes, image) for image in self.images.ids):
                 raise ValueError(f"--boxes names none of the {len(self.images)} images, such as {self.images.ids[0]!r}")
-        with guarded(network, self.device, dtype_of(self.plan)):
+        with working(network, self.plan, self.device):
             example = load(self.classifier, self.images.limit(1), self.plan, self.device)
             logits = predict(network, example, 1)
             explained(self.plan.target, logits.expand(len(self.images), -1), self.images)
@@ -163,7 +162,7 @@ def evaluate(
 ) -> Iterator[tuple[Part, list[Measure]]]:
     """Rows of every part that is not done. The network is left as it came; no row depends on batch-mates."""
     classifier, methods = task.classifier, task.plan.explainers()
-    with guarded(classifier.network, task.device, dtype_of(task.plan)):
+    with working(classifier.network, task.plan, task.device):
         for number, chunk in enumerate(task.images.chunks(CHUNK)):
             pending = [part for part in task.parts() if part.chunk == number and part not in done]
             if not pending:

@@ -22,9 +22,8 @@ from sanity.attributions import METHODS, Method
 from sanity.engine import Engine
 from sanity.images import Images
 from sanity.models import Classifier
-from sanity.observation import CHUNK, Seen, dtype_of, first_look
+from sanity.observation import CHUNK, Seen, first_look, working
 from sanity.plan import Plan
-from sanity.randomization import guarded
 from sanity.records import SCHEMA_VERSION
 
 FILE = "fingerprints.parquet"
@@ -85,7 +84,7 @@ def fingerprints(
     network then shows. on_progress(evaluations) is called as they are made, `cost` of them.
     """
     chunk, taken = images.limit(CHUNK), list[Fingerprint]()
-    with guarded(classifier.network, device, dtype_of(plan)):
+    with working(classifier.network, plan, device):
         for name, methods, how in _looks(plan):
             # an engine of its own, so that no look can be the memory of another
             engine = Engine(methods, batch_size, on_progress)

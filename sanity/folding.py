@@ -126,7 +126,8 @@ def folded(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor
     if norm.affine:
         gamma, beta = norm.get_parameter("weight"), norm.get_parameter("bias")
         scale, shift = scale * gamma, shift * gamma + beta
-    return weight * scale.view(-1, *[1] * (weight.ndim - 1)), shift
+    wide = weight.to(scale.dtype) * scale.view(-1, *[1] * (weight.ndim - 1))
+    return wide.to(weight.dtype), shift.to(weight.dtype)
 
 
 class Folded(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,7 +19,7 @@ from sanity.engine import Engine, State, predict
 from sanity.images import Images
 from sanity.models import Classifier
 from sanity.plan import Plan
-from sanity.randomization import Visit, Walk
+from sanity.randomization import Visit, Walk, guarded
 from sanity.records import Array, Key, Prediction, Score, Step
 from sanity.similarity import Description
 
@@ -40,14 +41,43 @@ class Seen:
 
 
 def dtype_of(plan: Plan) -> torch.dtype:
-    """Floating-point type of a plan's precision."""
-    return {"float32": torch.float32, "float64": torch.float64}[plan.precision]
+    """Floating-point type of the network's weights and activations in a plan's precision."""
+    kinds = {"float64": torch.float64, "bfloat16": torch.bfloat16}
+    return kinds.get(plan.precision, torch.float32)
+
+
+@contextmanager
+def arithmetic(plan: Plan) -> Iterator[None]:
+    """Products in float32 are exact, and rounded to 10 bits only where the plan says tf32; as it was, outside.
+
+    PyTorch's own setting lets a GPU's convolutions round. Everything is deterministic, so that a resumed run gives
+    the same bits.
+    """
+    rounded = plan.precision == "tf32"
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = rounded
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=rounded):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextmanager
+def working(network: nn.Module, plan: Plan, device: torch.device | str) -> Iterator[None]:
+    """`guarded`, on a device, in a plan's precision."""
+    with arithmetic(plan), guarded(network, device, dtype_of(plan)):
+        yield
 
 
 def load(classifier: Classifier, chunk: Images, plan: Plan, device: str) -> Tensor:
-    """Pictures as the network takes them: (N, C, H, W), channels-last, which convolutions run faster on."""
+    """Pictures as the network takes them: (N, C, H, W), channels-last, which convolutions run faster on.
+
+    float32, or float64 in that precision: what is explained is not rounded to the network's eight bits.
+    """
     pixels = chunk.load(classifier.preprocess)
-    return pixels.to(device, dtype_of(plan), memory_format=torch.channels_last)
+    dtype = torch.float64 if plan.precision == "float64" else torch.float32
+    return pixels.to(device, dtype, memory_format=torch.channels_last)
 
 
 def first_look(engine: Engine, plan: Plan, classifier: Classifier, chunk: Images, device: str) -> Seen:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,9 @@ ORDERS = {
 }
 
 Draw = Callable[[nn.Module, str, Tensor, torch.Generator], Tensor]
-"""(owning module, parameter's own name, trained value on the CPU, generator) -> new value, same shape."""
+"""(owning module, parameter's own name, trained value on the CPU, generator) -> new value, same shape.
+
+Drawn in float32, so that a network has the same random weights in every precision, to rounding."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def _variance_scaling(owner: nn.Module, name: str, value: Tensor, generator: tor
     if value.ndim < 2:
         return torch.full_like(value, float(name == "weight" and isinstance(owner, NORMS)))
     s = (2.6 / _fan_in(owner, value)) ** 0.5
-    return nn.init.trunc_normal_(torch.empty_like(value), 0.0, s, -2 * s, 2 * s, generator=generator)
+    return nn.init.trunc_normal_(torch.empty(value.shape), 0.0, s, -2 * s, 2 * s, generator=generator)
 
 
 def _permute(owner: nn.Module, name: str, value: Tensor, generator: torch.Generator) -> Tensor:
@@ -88,18 +91,18 @@ def _module(owner: nn.Module, name: str, value: Tensor, generator: torch.Generat
         raise ValueError(f"{type(owner).__name__} has no reset_parameters; use another re-initialiser")
     with _Swap(owner) as swap, torch.random.fork_rng(devices=[]), torch.no_grad():
         for own, tensor in swap.trained.items():
-            swap.put(own, tensor.cpu().clone())
+            swap.put(own, tensor.to("cpu", torch.float32 if tensor.is_floating_point() else None, copy=True))
         torch.manual_seed(generator.initial_seed())
         reset()
         return owner.get_parameter(name).data
 
 
 def _normal(sigma: float) -> Draw:
-    return lambda owner, name, value, g: torch.empty_like(value).normal_(0.0, sigma, generator=g)
+    return lambda owner, name, value, g: torch.empty(value.shape).normal_(0.0, sigma, generator=g)
 
 
 def _uniform(low: float, high: float) -> Draw:
-    return lambda owner, name, value, g: torch.empty_like(value).uniform_(low, high, generator=g)
+    return lambda owner, name, value, g: torch.empty(value.shape).uniform_(low, high, generator=g)
 
 
 REINITIALISERS = {
@@ -233,27 +236,62 @@ def _fresh_statistics(trained: Mapping[str, Tensor], norms: Sequence[str]) -> di
     return {name: torch.full_like(trained[name], value) for name, value in names.items() if name in trained}
 
 
+def _of_batch_norms(network: nn.Module) -> set[str]:
+    """Names of the parameters and buffers of BatchNorms."""
+    norms = {
+        path: module for path, module in network.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)
+    }
+    return {
+        f"{path}.{own}" if path else own
+        for path, norm in norms.items()
+        for own in (*(name for name, _ in norm.named_parameters()), *(name for name, _ in norm.named_buffers()))
+    }
+
+
+def _narrowing(dtype: torch.dtype) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def cast(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+    return cast
+
+
+def _widening(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return output.float() if isinstance(output, Tensor) else output
+
+
 @contextmanager
 def guarded(
     network: nn.Module, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Iterator[None]:
     """Evaluation mode, no parameter gradients, on `device` in `dtype`; outside everything is as it was.
 
-    Buffers are worked on as copies, so an explainer that runs BatchNorm in training mode leaves no trace.
+    In bfloat16 the network still takes and gives float32, and BatchNorms keep their float32 values: what eight
+    bits cost is then the products' and sums' alone. Buffers are worked on as copies, so an explainer that runs
+    BatchNorm in training mode leaves no trace.
     """
     training = {module: module.training for module in network.modules()}
     wanted = {parameter: (parameter.requires_grad, parameter.grad) for parameter in network.parameters()}
+    half = dtype in (torch.bfloat16, torch.float16)
+    hooks = []
     with _Swap(network) as swap:
         try:
             network.eval()
             for parameter in wanted:
                 parameter.requires_grad_(False)
             buffers = dict(network.named_buffers())
+            exact = _of_batch_norms(network) if half else set()
             for name, tensor in swap.trained.items():
-                kind = dtype if tensor.is_floating_point() else None
+                kind = dtype if tensor.is_floating_point() and name not in exact else None
                 swap.put(name, tensor.to(device=device, dtype=kind, copy=name in buffers))
+            if half and dtype is not None:
+                hooks += [
+                    network.register_forward_pre_hook(_narrowing(dtype)),
+                    network.register_forward_hook(_widening),
+                ]
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
             for module, flag in training.items():
                 module.training = flag
             for parameter, (required, gradient) in wanted.items():

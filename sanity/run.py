@@ -25,15 +25,15 @@ from sanity.observation import (
     Seen,
     compare,
     describe,
-    dtype_of,
     explained,
     first_look,
     load,
     look_through,
     second_look,
+    working,
 )
 from sanity.plan import DEFAULT_METHODS, Members, Plan, read_yaml
-from sanity.randomization import Draws, Other, guarded, randomized, reinitialiser, steps
+from sanity.randomization import Draws, Other, randomized, reinitialiser, steps
 from sanity.records import Cell, Key, Score, Step, to_table
 from sanity.stages import Stage, derived, grouped, select, untouched, written_out
 
@@ -56,7 +56,7 @@ def run(
     network = classifier.network
     engine = Engine(plan.explainers(), batch_size, on_progress)
     sources = draws_of(plan)
-    with guarded(network, device, dtype_of(plan)):
+    with working(network, plan, device):
         for number, chunk in enumerate(images.chunks(CHUNK)):
             if done.issuperset(keys(plan, stages, number)):
                 continue
@@ -76,7 +76,7 @@ class Baseline:
 
 
 def baseline(engine: Engine, plan: Plan, classifier: Classifier, chunk: Images, device: str) -> Baseline:
-    """Look at a chunk of images with the trained network, within `guarded`."""
+    """Look at a chunk of images with the trained network, within `working`."""
     trained = first_look(engine, plan, classifier, chunk, device)
     return Baseline(trained, describe(plan, trained), second_look(engine, classifier.network, trained))
 
@@ -91,7 +91,7 @@ def walk(
     cell: Cell,
     done: frozenset[Key],
 ) -> Iterator[Step]:
-    """Take one chunk of images through one order under one seed, within `guarded`; steps in `done` are left out."""
+    """Take one chunk of images through one order under one seed, within `working`; steps in `done` are left out."""
     network = classifier.network
     with randomized(network, stages, cell.order, cell.seed, source, plan.batchnorm == "reset") as visits:
         first, *others = [Key(*cell, index) for index in range(len(visits))]
@@ -146,7 +146,7 @@ def refuse_unsuited(methods: Sequence[Method], network: nn.Module, example: Tens
 def prepare(plan: Plan, classifier: Classifier, images: Images, device: str = "cpu") -> tuple[Stage, ...]:
     """Check a plan against its network and pictures before anything is written; returns the stages."""
     network = classifier.network
-    with guarded(network, device, dtype_of(plan)):
+    with working(network, plan, device):
         example = load(classifier, images.limit(1), plan, device)
         explained(plan.target, predict(network, example, 1).expand(len(images), -1), images)
         refuse_unsuited(plan.explainers(), network, example)

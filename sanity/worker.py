@@ -15,9 +15,9 @@ from sanity.blocks import packed
 from sanity.engine import Engine
 from sanity.images import Images
 from sanity.models import Classifier
-from sanity.observation import dtype_of
+from sanity.observation import working
 from sanity.plan import Plan
-from sanity.randomization import Draws, Other, guarded, steps
+from sanity.randomization import Draws, Other, steps
 from sanity.records import PROTOCOL_VERSION, Cell, Key, Step
 from sanity.run import Baseline, baseline, walk
 from sanity.stages import Stage
@@ -92,7 +92,7 @@ class Worker:
 
     def _walk(self, cell: Cell, chunk: Images, wanted: frozenset[Key]) -> Iterator[Step]:
         task = self.task
-        with guarded(task.classifier.network, task.device, dtype_of(task.plan)):
+        with working(task.classifier.network, task.plan, task.device):
             if self._base is None or self._base[0] != cell.chunk:
                 # The old one goes first: two would need twice the memory.
                 self._base = None

@@ -165,7 +165,7 @@ def logits_of(network: nn.Module, pixels: Tensor) -> Tensor:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(pixels):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(out).__name__
         raise ValueError(f"the network must give (N, classes) logits for {len(pixels)} images, not {shape}")
-    return logits
+    return logits if logits.dtype == pixels.dtype else logits.to(pixels.dtype)
 
 
 def explained(network: nn.Module, pixels: Tensor, targets: Tensor) -> Tensor:
