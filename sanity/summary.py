@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -18,7 +18,11 @@ Key = tuple[str, str, int, str, str, str]
 
 KEY = ["model", "order", "stage_index", "stage", "method", "similarity"]
 NEEDED = [*KEY, "seed", "image", "value", "status"]
+Rows = pd.DataFrame | Iterable[pd.DataFrame]
+"""Scores as one frame or, where they are too many, in parts (`stored.parts`), each with all rows of its groups."""
 RESAMPLES = 2000
+DRAWN = 2**22
+"""Resampled indices held at once: memory does not grow with the number of images."""
 LEVEL = 0.95
 
 RULE_VERSION = 2
@@ -63,7 +67,7 @@ class Estimate:
 STATISTICS = ["mean", "low", "high", "std", "n", "n_nan"]
 
 
-def summarize(rows: pd.DataFrame) -> pd.DataFrame:
+def summarize(rows: Rows) -> pd.DataFrame:
     """Scores, one row an image -> one row for each (model, order, stage_index, stage, method, similarity).
 
     Columns: that key, then mean, low, high (95 % interval of the mean, see `interval`), std (over images of
@@ -72,9 +76,10 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
     mean NaN; one scored value: low and high NaN; one scored image: std NaN. A group's numbers depend neither
     on other groups nor on the rows' order. Raises ValueError for missing columns and rows given twice.
     """
-    cells = [(*key, *_numbers(estimate(scores, unscored, key))) for key, scores, unscored in _groups(rows)]
+    cells = [(*key, *_numbers(estimate(scores, unscored, key))) for key, scores, unscored in _of_parts(rows)]
     by = ["model", "order", "stage_index", "method", "similarity"]
-    places = {name: {v: i for i, v in enumerate(rows[name].unique())} for name in by if name != "stage_index"}
+    names = [(name, KEY.index(name)) for name in by if name != "stage_index"]
+    places = {name: {v: i for i, v in enumerate(dict.fromkeys(cell[at] for cell in cells))} for name, at in names}
 
     def place(column: pd.Series[Any]) -> pd.Series[Any]:
         return column.map(places[str(column.name)]) if column.name in places else column
@@ -84,6 +89,11 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _numbers(found: Estimate) -> list[float]:
     return [getattr(found, name) for name in STATISTICS]
+
+
+def _of_parts(rows: Rows) -> Iterator[tuple[Key, Floats, int]]:
+    for part in [rows] if isinstance(rows, pd.DataFrame) else rows:
+        yield from _groups(part)
 
 
 def _groups(rows: pd.DataFrame) -> Iterator[tuple[Key, Floats, int]]:
@@ -137,13 +147,21 @@ def interval(scores: Floats, draws: np.random.Generator, resamples: int = RESAMP
     if finite.sum() < 2:
         return float("nan"), float("nan")
     scores = scores[finite.any(1)][:, finite.any(0)]
-    finite = np.isfinite(scores)
-    seeds, images = (_counts(size, draws, resamples) for size in scores.shape)
-    total = (seeds @ np.where(finite, scores, 0.0) * images).sum(1)
-    number = (seeds @ finite.astype(np.float64) * images).sum(1)
-    means = total[number > 0] / number[number > 0]
+    seeds = _counts(scores.shape[0], draws, resamples)
+    some = max(1, DRAWN // scores.shape[1])
+    # Drawn one after the other, blocks hold the numbers that one block would.
+    parts = (seeds[start : start + some] for start in range(0, resamples, some))
+    means = np.concatenate([_resampled(scores, part, _counts(scores.shape[1], draws, len(part))) for part in parts])
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def _resampled(scores: Floats, seeds: Floats, images: Floats) -> Floats:
+    """Means of scores (S, N) taken seeds (R, S) and images (R, N) times; those without any score are left out."""
+    finite = np.isfinite(scores)
+    total = (seeds @ np.where(finite, scores, 0.0) * images).sum(1)
+    number = (seeds @ finite.astype(np.float64) * images).sum(1)
+    return cast(Floats, total[number > 0] / number[number > 0])
 
 
 def _counts(size: int, draws: np.random.Generator, resamples: int) -> Floats:
@@ -153,7 +171,7 @@ def _counts(size: int, draws: np.random.Generator, resamples: int) -> Floats:
 
 
 def verdicts(
-    rows: pd.DataFrame, unrelated: pd.DataFrame | None = None, margin: float = MARGIN, control: str = "random"
+    rows: Rows, unrelated: pd.DataFrame | None = None, margin: float = MARGIN, control: str = "random"
 ) -> pd.DataFrame:
     """Say whether each method's maps depend on the weights: pass, fail or inconclusive, and the reason.
 
@@ -179,11 +197,15 @@ def verdicts(
     calls none. Columns: model, order, method, similarity, verdict, reason, score (the mean at the end), low,
     high, null_high.
     """
-    cells = {key: (scores, unscored) for key, scores, unscored in _groups(rows)}
-    other = pd.DataFrame(rows.attrs.get("unrelated", [])) if unrelated is None else unrelated
+    cells: dict[Key, tuple[Floats, int]] = {}
+    for part in [rows] if isinstance(rows, pd.DataFrame) else rows:
+        cells |= {key: (scores, unscored) for key, scores, unscored in _groups(part)}
+        _thin(cells)
+    attached = rows.attrs.get("unrelated", []) if isinstance(rows, pd.DataFrame) else []
+    other = pd.DataFrame(attached) if unrelated is None else unrelated
     levels = {key[4:]: (scores, unscored) for key, scores, unscored in _groups(other)} if len(other) else {}
     found = []
-    for model, order, stages, method, similarity in _courses(rows):
+    for model, order, stages, method, similarity in _courses(cells):
         course = [(model, order, index, stage, method, similarity) for index, stage in stages]
         last = (model, order, *stages[-1], control, similarity)
         trained, final = (_cautious(cells, key) for key in (course[0], course[-1]))
@@ -208,18 +230,30 @@ def _blind(verdict: str, reason: str, first: Estimate, stage: str) -> tuple[str,
     return verdict, reason
 
 
-def _courses(rows: pd.DataFrame) -> Iterator[tuple[str, str, list[tuple[int, str]], str, str]]:
+def _thin(cells: dict[Key, tuple[Floats, int]]) -> None:
+    """Keep scores where a verdict asks for them, at the trained, first and last stage so far; elsewhere their mean."""
+    reach: dict[tuple[str, str], list[int]] = {}
+    for key in cells:
+        reach.setdefault(key[:2], []).append(key[2])
+    kept = {course: {0, min((i for i in found if i), default=0), max(found)} for course, found in reach.items()}
+    for key, (scores, unscored) in cells.items():
+        if key[2] not in kept[key[:2]] and scores.size > 1:
+            mean = np.nanmean(scores) if np.isfinite(scores).any() else np.nan
+            cells[key] = np.full((1, 1), mean), unscored
+
+
+def _courses(cells: Iterable[Key]) -> Iterator[tuple[str, str, list[tuple[int, str]], str, str]]:
     """Yield model, order, stages, method, similarity of every course that ends in full randomization."""
-    for (model, order), part in rows.groupby(["model", "order"], sort=False, observed=True):
-        stages = sorted(set(zip(part["stage_index"], part["stage"], strict=True)))
+    courses: dict[tuple[str, str], list[Key]] = {}
+    for key in cells:
+        courses.setdefault(key[:2], []).append(key)
+    for (model, order), keys in courses.items():
+        stages = sorted({(index, stage) for _, _, index, stage, _, _ in keys})
         if order not in UNORDERED and stages[-1][0] > 0:
-            for method, similarity in _pairs(part):
-                yield str(model), str(order), stages, method, similarity
-
-
-def _pairs(rows: pd.DataFrame) -> list[tuple[str, str]]:
-    present = set(zip(rows["method"], rows["similarity"], strict=True))
-    return [(m, s) for m in rows["method"].unique() for s in rows["similarity"].unique() if (m, s) in present]
+            present = {key[4:] for key in keys}
+            methods, similarities = (list(dict.fromkeys(key[at] for key in keys)) for at in (4, 5))
+            for pair in ((m, s) for m in methods for s in similarities if (m, s) in present):
+                yield model, order, stages, str(pair[0]), str(pair[1])
 
 
 def _cautious(cells: dict[Key, tuple[Floats, int]], key: Key) -> Estimate:
