@@ -108,6 +108,14 @@ def test_scores_that_are_no_numbers_do_not_pass_for_the_same(tmp_path, capsys):
     assert "ok became no value" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("format_", ["html", "figure"])
+def test_predictions_that_lack_a_column_are_refused(format_, tmp_path, capsys):
+    folder = store(tmp_path / "run")
+    column(lambda rows: rows.drop(columns="top1"), "predictions.parquet")(folder)
+    assert report.main([str(folder), "--format", format_, "--output", str(tmp_path / "out")]) == 2
+    assert "predictions.parquet lacks the columns ['top1']" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

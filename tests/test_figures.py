@@ -10,6 +10,7 @@ from matplotlib.text import Text
 from PIL import Image
 from skimage.color import deltaE_ciede2000, rgb2lab
 
+from sanity.records import Prediction
 from sanity.report import figures, publication
 from sanity.report.curves import curve
 from sanity.report.figures import draw
@@ -321,7 +322,8 @@ def titles(folder):
 
 def test_titles_name_the_explained_class(run_folder):
     assert "explained class: 3\n" in titles(run_folder)[0]
-    pd.DataFrame({"top1": [3], "top1_name": ["espresso"]}).to_parquet(run_folder / "predictions.parquet")
+    said = Prediction("net", "cascading", 0, 0, "trained", "cat", 3, "espresso", 0.9, 3, 0.9, True)
+    pd.DataFrame([said]).to_parquet(run_folder / "predictions.parquet")
     assert "explained class: espresso\n" in titles(run_folder)[0]
     scores = pd.read_parquet(run_folder / "scores.parquet")
     scores.loc[scores["stage_index"] == 2, "target"] = 5

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sanity.records import read_rows
+from sanity.records import Prediction, read_rows
 from sanity.report import strips
 from sanity.report.curves import caption, curve, reach
 from sanity.report.looks import safe
@@ -96,7 +96,7 @@ def explained(folder: Path, scores: pd.DataFrame) -> dict[tuple[str, str], str]:
     """The explained class of each order's images, in words, as far as the run's predictions name it."""
     names: dict[int, str] = {}
     if (path := folder / "predictions.parquet").exists():
-        seen = read_rows(path)
+        seen = read_rows(path, Prediction)
         names = dict(zip(seen["top1"], seen["top1_name"], strict=True))
     targets = scores.groupby(["order", "image"])["target"].unique()
     one = {key: found[0] for key, found in targets.items() if len(found) == 1}
