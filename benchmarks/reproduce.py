@@ -1,164 +1,258 @@
 """The published experiments again: train, randomize, compare with the published numbers, cell by cell.
 
-    python benchmarks/reproduce.py                         MNIST, fetched by torchvision
+    python benchmarks/reproduce.py                         MNIST and Fashion-MNIST, fetched by torchvision
     python benchmarks/reproduce.py --data-dir FOLDER       IDX files that are here already
 
 Trains the CNN and the MLP on true and on permuted labels, runs the parameter and the data randomization tests on
-the first test images, and prints published against reproduced. Finished parts are not done again: what was killed
-goes on where it stopped. Writes results/reproduction/<data>_<model>/: the runs' tables and figures, and
-comparison.csv, comparison.md, manifest.json.
-
-Published numbers: the notebooks that came with Adebayo et al. 2018 (parameter randomization, CNN on MNIST, absolute
-rank correlation, mean of 10 images) and its figures (data randomization, read off, +-0.02).
+the first test images, and prints published against reproduced, cell by cell; then the published points of Inception's
+curve beside those of the network in results/inception_v3_chess. Finished parts are not done again: what was killed
+goes on where it stopped, when the same command is given again. Works in --work; writes results/reproduction/:
+comparison.csv, comparison.md, inception.csv, curves.png, strips of maps, summary_*.csv, manifest.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import multiprocessing
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any, TypeVar
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import pandas as pd
+import torch
+from PIL import Image
+from published import cells, inception
 
+from sanity import plan
 from sanity import run as sanity_run
-from sanity import train as sanity_train
 from sanity.command import Clock, environment
+from sanity.experiment import PRESET, Training
 from sanity.records import read_rows, write_json
-from sanity.training import find_folder
+from sanity.report.curves import plot
+from sanity.summary import summarize
+from sanity.training import DATASETS, find_folder
 
-OUTPUT = Path(__file__).parents[1] / "results" / "reproduction"
-STAGES = ("softmax_linear", "fc1", "hidden2", "hidden1")
-CASCADE = {
-    "gradient": (0.601, 0.396, 0.106, 0.082),
-    "smoothgrad": (0.536, 0.330, 0.180, 0.213),
-    "guided_backprop": (0.888, 0.773, 0.628, 0.444),
-    "gradcam": (0.556, 0.344, 0.290, 0.299),
-    "guided_gradcam": (0.555, 0.359, 0.329, 0.282),
-    "integrated_gradients": (0.994, 0.993, 0.993, 0.992),
-    "gradient_x_input": (0.993, 0.993, 0.993, 0.992),
-    "integrated_gradients_smoothgrad": (0.577, 0.429, 0.379, 0.361),
-}
-"""CNN, MNIST, cascading, absolute rank correlation, mean of 10 images; standard deviations .03 to .23."""
-PERMUTED = {
-    "gradient": (0.16, 0.09),
-    "smoothgrad": (0.24, 0.10),
-    "guided_backprop": (0.57, 0.12),
-    "gradcam": (0.03, 0.01),
-    "guided_gradcam": (0.57, 0.12),
-    "integrated_gradients": (0.99, 0.14),
-    "integrated_gradients_smoothgrad": (0.46, 0.12),
-    "gradient_x_input": (0.99, 0.13),
-}
-"""CNN, MNIST, true against permuted labels: (absolute, signed) rank correlation."""
+RESULTS = Path(__file__).parents[1] / "results"
+CHESS = RESULTS / "inception_v3_chess" / "scores.parquet"
+KEY = ["order", "stage", "similarity", "method"]
+FEW = 10
+"""Images of the published curves. With more, IG-SmoothGrad stays out: it takes 2500 gradients a map."""
+COSTLY = "integrated_gradients_smoothgrad"
+T, R = TypeVar("T"), TypeVar("R")
 
 
-def published(data: str, model: str) -> pd.DataFrame:
-    """Published cells of one network: order, stage, similarity, method, published."""
-    if (data, model) != ("mnist", "cnn"):
-        return pd.DataFrame(columns=["order", "stage", "similarity", "method", "published"])
-    rows = [
-        ("cascading", stage, "spearman_abs", method, value)
-        for method, values in CASCADE.items()
-        for stage, value in zip(STAGES, values, strict=True)
-    ]
-    rows += [
-        ("data", "permuted labels", similarity, method, value)
-        for method, values in PERMUTED.items()
-        for similarity, value in zip(("spearman_abs", "spearman"), values, strict=True)
-    ]
-    return pd.DataFrame(rows, columns=["order", "stage", "similarity", "method", "published"])
+@dataclass(frozen=True)
+class Experiment:
+    """One network's tests on its first `images` test images."""
+
+    true: Training
+    permuted: Training | None
+    images: int
+    seeds: int
+    work: Path
+
+    @property
+    def name(self) -> str:
+        """Data set, network, training's seed, images; and whether it is the parameter test only."""
+        tests = "" if self.permuted else "_parameters"
+        return f"{self.true.data}_{self.true.model}_{self.true.seed}_{self.images}{tests}"
+
+    @property
+    def output(self) -> Path:
+        """Folder of its run."""
+        return self.work / f"run_{self.name}"
+
+    def words(self) -> list[str]:
+        """Arguments of `python -m sanity.run`."""
+        methods = [name for name in plan.preset(PRESET)["methods"] if self._suits(name)]
+        other = ["--orders", "cascading", "independent"]
+        if self.permuted:
+            other += ["data", "--against", str(self.permuted.weights)]
+        return [
+            *("--preset", PRESET, "--model", f"mnist_{self.true.model}", "--weights", str(self.true.weights)),
+            *("--images", str(self.true.images), "--limit", str(self.images), "--methods", *methods, *other),
+            *("--seeds", *map(str, range(self.seeds)), "--strips", "1", "--output", str(self.output), "--resume"),
+        ]
+
+    def _suits(self, method: str) -> bool:
+        convolutional = self.true.model == "cnn" or "gradcam" not in method
+        return convolutional and (self.images <= FEW or method != COSTLY)
 
 
-def compared(scores: pd.DataFrame, summary: pd.DataFrame, data: str, model: str) -> pd.DataFrame:
-    """Published against reproduced: difference, interval of the reproduced mean, distance in standard deviations.
+def ran(experiment: Experiment) -> int:
+    """Run one experiment; what it prints goes to a file beside its folder."""
+    experiment.work.mkdir(parents=True, exist_ok=True)
+    with experiment.output.with_suffix(".txt").open("w") as told, redirect_stdout(told):
+        return sanity_run.main(experiment.words())
 
-    The standard deviation is over images, the published bands' meaning.
-    """
-    spread = scores.groupby(["order", "stage", "similarity", "method"])["value"].std(ddof=0).rename("std_images")
-    keys = ["order", "stage", "similarity", "method"]
-    found = published(data, model).merge(summary[[*keys, "mean", "low", "high", "n", "n_nan"]], on=keys, how="left")
-    found = found.merge(spread.reset_index(), on=keys, how="left")
-    found["difference"] = found["mean"] - found["published"]
-    found["deviations"] = found["difference"].abs() / found["std_images"]
-    found["within_two"] = found["deviations"] <= 2
+
+def spread(work: Callable[[T], R], jobs: Iterable[T], workers: int) -> list[R]:
+    """Do jobs in processes of one thread each."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(work, jobs))
+
+
+def experiments(args: argparse.Namespace) -> list[Experiment]:
+    """Every network's, the first training's with permuted labels too."""
+    found = []
+    for data, model in product(args.data, args.models):
+        folder = find_folder(data, args.data_dir)
+        for seed, images in product(range(args.trainings), args.images):
+            true = Training(args.work, folder, data, model, "true", seed)
+            permuted = Training(args.work, folder, data, model, "permuted") if seed == 0 and args.permuted else None
+            found.append(Experiment(true, permuted, images, args.seeds, args.work))
     return found
 
 
+def trainings(chosen: Sequence[Experiment]) -> list[Training]:
+    """What the experiments need, each once, the longest first."""
+    every = dict.fromkeys(one for e in chosen for one in (e.permuted, e.true) if one)
+    return sorted(every, key=lambda one: (one.labels == "true", one.model == "mlp"))
+
+
+def scores_of(chosen: Sequence[Experiment], images: int) -> pd.DataFrame:
+    """Rows of one network's runs; a seed is then a training and a draw of random weights."""
+    parts = []
+    for e in chosen:
+        if e.images == images:
+            rows = read_rows(e.output / "scores.parquet")
+            parts.append(rows.assign(seed=rows["seed"] + 1000 * e.true.seed, data=e.true.data, net=e.true.model))
+    return pd.concat(parts, ignore_index=True)
+
+
+def compared(rows: pd.DataFrame) -> pd.DataFrame:
+    """Published cells of one network against its rows: difference, 95 % interval, distance in standard deviations.
+
+    The standard deviation is over images, which is what the published bands mean.
+    """
+    summary = summarize(rows)[[*KEY, "mean", "low", "high", "std", "n", "n_nan"]]
+    summary = summary.assign(data=rows["data"].iloc[0], model=rows["net"].iloc[0])
+    found = cells().merge(summary, on=["data", "model", *KEY]).rename(columns={"mean": "reproduced"})
+    found["difference"] = found["reproduced"] - found["published"]
+    found["deviations"] = found["difference"].abs() / found["std"]
+    return found
+
+
+def inception_compared() -> pd.DataFrame:
+    """Published points of Inception's curve beside the chess network's mean and interval there."""
+    found = summarize(read_rows(CHESS).query("order == 'cascading' and similarity == 'spearman_abs'"))
+    return inception().merge(found[["method", "stage", "mean", "low", "high", "n"]], on=["method", "stage"])
+
+
 def markdown(found: pd.DataFrame) -> str:
-    """The comparison as a table a person reads."""
+    """Published against reproduced as a table a person reads."""
     head = ["order", "stage", "similarity", "method", "published", "reproduced", "95 % interval", "difference", "std"]
-    lines = ["| " + " | ".join(head) + " | |", "|" + "---|" * (len(head) + 1)]
+    lines = ["| " + " | ".join([*head, ""]) + " |", "|" + "---|" * (len(head) + 1)]
     for row in found.itertuples():
-        cells = [row.order, row.stage, row.similarity, row.method, f"{row.published:.3f}", f"{row.mean:.3f}"]
-        cells += [f"[{row.low:.3f}, {row.high:.3f}]", f"{row.difference:+.3f}", f"{row.std_images:.3f}"]
-        lines.append("| " + " | ".join(cells) + (" | |" if row.within_two else " | outside |"))
+        cells_ = [row.order, row.stage, row.similarity, row.method, f"{row.published:.3f}", f"{row.reproduced:.3f}"]
+        cells_ += [f"[{row.low:.3f}, {row.high:.3f}]", f"{row.difference:+.3f}", f"{row.std:.3f}"]
+        lines.append("| " + " | ".join([*cells_, "" if row.deviations <= 2 else "outside two"]) + " |")
+    within = int((found["deviations"] <= 2).sum())
+    return "\n".join(lines) + f"\n\n{within} of {len(found)} cells within two standard deviations over images.\n"
+
+
+def inception_markdown(found: pd.DataFrame) -> str:
+    """Published points beside the chess network's."""
+    lines = ["| method | published, of | stage | published | chess network, 95 % interval |", "|---|---|---|---|---|"]
+    for row in found.itertuples():
+        here = f"{row.mean:.2f} [{row.low:.2f}, {row.high:.2f}]"
+        lines.append(f"| {row.method} | {row.pictures} | {row.stage} | {row.published:.2f} | {here} |")
     return "\n".join(lines) + "\n"
 
 
-def trained(args: argparse.Namespace, folder: Path, model: str, labels: str) -> Path:
-    """Train one network, or find it trained; returns its weights."""
-    output = args.work / f"{args.data}_{model}_{labels}"
-    words = ["--data", args.data, "--model", model, "--labels", labels, "--data-dir", str(folder)]
-    if sanity_train.main([*words, "--output", str(output), "--resume"]) == 2:
-        sys.exit(2)
-    return output / "model.safetensors"
+def drawn(every: dict[str, pd.DataFrame], path: Path) -> None:
+    """Cascading curves of every network, all pixels above, the foreground below; published means are crosses."""
+    similarities = ("spearman_abs", "spearman_abs_foreground")
+    figure, grid = plt.subplots(
+        2, len(every), figsize=(4.2 * len(every), 6.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for column, (name, rows) in enumerate(every.items()):
+        summary = summarize(rows)
+        for row, similarity in enumerate(similarities):
+            plot(grid[row, column], summary, "cascading", similarity, size=7.5)
+            grid[row, column].set_title(f"{name}, {'foreground only' if row else 'all pixels'}", fontsize=9)
+    grid[0, 0].set_ylabel("absolute rank correlation")
+    grid[1, 0].set_ylabel("absolute rank correlation")
+    handles, labels = max((axis.get_legend_handles_labels() for axis in grid.flat), key=lambda pair: len(pair[1]))
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    shrunk(path)
 
 
-def tested(args: argparse.Namespace, folder: Path, model: str) -> Path:
-    """Run both randomization tests of one network; returns the run's folder."""
-    true, permuted = (trained(args, folder, model, labels) for labels in ("true", "permuted"))
-    output = args.work / f"run_{args.data}_{model}_{args.images}"
-    words = ["--preset", "as-released-mnist", "--model", f"mnist_{model}", "--weights", str(true)]
-    words += ["--images", str(folder), "--limit", str(args.images), "--output", str(output), "--resume"]
-    words += ["--orders", "cascading", "independent", "data", "--against", str(permuted), "--strips", "3"]
-    words += ["--seeds", *map(str, range(args.seeds))]
-    if model == "mlp":  # no convolution, so no GradCAM
-        words += ["--methods", *(m for m in CASCADE if "gradcam" not in m), "edges", "random"]
-    if sanity_run.main(words):
-        sys.exit(2)
-    return output
+def shrunk(path: Path) -> None:
+    """Write a picture again with 256 colours: a third of the bytes, no difference to the eye."""
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").quantize(256)
+    small.save(path, optimize=True)
 
 
-def kept(run: Path, output: Path) -> None:
-    """Copy a run's tables and figures; its raw arrays stay in the working folder."""
-    output.mkdir(parents=True, exist_ok=True)
-    for name in ("summary.csv", "summary.md", "verdicts.csv", "run.json", "scores.parquet"):
-        shutil.copy(run / name, output / name)
-    shutil.copytree(run / "figures", output / "figures", dirs_exist_ok=True)
+def kept(e: Experiment, output: Path) -> None:
+    """Keep a run's first strips and its summary; its rows stay in the working folder."""
+    for figure in sorted((e.output / "figures").glob("strip_*.png")):
+        target = output / f"{figure.stem.rsplit('_', 1)[0]}_{e.name}.png"
+        target.write_bytes(figure.read_bytes())
+        shrunk(target)
+    (output / f"summary_{e.name}.csv").write_text((e.output / "summary.csv").read_text())
 
 
-def main() -> None:
+def header(one: Training) -> dict[str, Any]:
+    """What a training came to."""
+    found = json.loads((one.folder / "train.json").read_text())
+    names = ("recipe", "accuracy", "goal_met", "epochs", "seconds", "threads", "weights_sha256", "machine")
+    return {name: found[name] for name in names}
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="mnist", choices=["mnist", "fashion-mnist"])
-    parser.add_argument("--data-dir", type=Path, help="folder of the IDX files (default: fetched once)")
+    parser.add_argument("--data", nargs="+", default=list(DATASETS), choices=DATASETS)
+    parser.add_argument("--data-dir", type=Path, help="folder of the IDX files, or of folders of them by data set")
     parser.add_argument("--models", nargs="+", default=["cnn", "mlp"], choices=["cnn", "mlp"])
-    parser.add_argument("--images", type=int, default=10, help="first test images (published: 10)")
-    parser.add_argument("--seeds", type=int, default=3, help="randomizations of the weights (published: 1)")
+    parser.add_argument("--images", type=int, nargs="+", default=[FEW], help="first test images (published: 10)")
+    parser.add_argument("--seeds", type=int, default=1, help="draws of random weights (published: 1)")
+    parser.add_argument("--trainings", type=int, default=1, help="networks trained on true labels (published: 1)")
+    parser.add_argument("--no-permuted", dest="permuted", action="store_false", help="without data randomization")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--work", type=Path, default=Path("reproduction_work"), help="networks and runs are kept here")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=Path, default=RESULTS / "reproduction")
     args = parser.parse_args()
-    folder = find_folder(args.data, args.data_dir)
-    for model in args.models:
-        clock, output = Clock(), args.output / f"{args.data}_{model}"
-        run = tested(args, folder, model)
-        kept(run, output)
-        scores, summary = read_rows(run / "scores.parquet"), pd.read_csv(run / "summary.csv")
-        found = compared(scores, summary, args.data, model)
-        if len(found):
-            found.to_csv(output / "comparison.csv", index=False, float_format="%.4f")
-            (output / "comparison.md").write_text(markdown(found))
-            print(markdown(found))
-            print(f"{int(found['within_two'].sum())} of {len(found)} cells within two standard deviations")
-        training = {
-            labels: json.loads((args.work / f"{args.data}_{model}_{labels}" / "train.json").read_text())
-            for labels in ("true", "permuted")
-        }
-        command = " ".join(["python", "benchmarks/reproduce.py", *sys.argv[1:]])
-        manifest = {"command": command, "training": training, **environment(), **clock.stamp()}
-        write_json(output / "manifest.json", manifest)
+    clock, chosen = Clock(), experiments(args)
+    needed = trainings(chosen)
+    spread(Training.ensure, needed, args.workers)
+    if any(spread(ran, chosen, args.workers)):
+        return 2
+    args.output.mkdir(parents=True, exist_ok=True)
+    every, tables = {}, []
+    for data, model in product(args.data, args.models):
+        own = [e for e in chosen if (e.true.data, e.true.model) == (data, model)]
+        rows = scores_of(own, args.images[0])
+        every[f"{data} {model}"] = rows
+        tables.append(compared(rows))
+        for e in own:
+            kept(e, args.output)
+    found, points = pd.concat(tables, ignore_index=True), inception_compared()
+    found.to_csv(args.output / "comparison.csv", index=False, float_format="%.4f")
+    points.to_csv(args.output / "inception.csv", index=False, float_format="%.4f")
+    words = markdown(found) + "\n" + inception_markdown(points)
+    (args.output / "comparison.md").write_text(words)
+    drawn(every, args.output / "curves.png")
+    trained = {one.folder.name: header(one) for one in needed}
+    manifest = {"command": " ".join(["python", *sys.argv]), "trainings": trained, **environment(), **clock.stamp()}
+    write_json(args.output / "manifest.json", manifest)
+    print(words)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

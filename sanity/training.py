@@ -99,7 +99,7 @@ GOALS = {
 FAST: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("cnn", "true"): {"epochs": 8, "batch_size": 64, "learning_rate": 5e-4, "schedule": "cosine"},
     ("mlp", "true"): {"epochs": 20, "batch_size": 128, "learning_rate": 5e-4, "schedule": "cosine"},
-    ("cnn", "permuted"): {"epochs": 40, "batch_size": 100, "learning_rate": 6e-4, "schedule": "linear"},
+    ("cnn", "permuted"): {"epochs": 50, "batch_size": 100, "learning_rate": 2e-4, "schedule": "linear"},
     ("mlp", "permuted"): {"epochs": 30, "batch_size": 128, "learning_rate": 3e-4, "schedule": "linear"},
 }
 """What was measured to reach the goals soon on a processor, with bfloat16."""

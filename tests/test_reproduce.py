@@ -1,0 +1,102 @@
+"""The benchmarks of the published experiments: their plans, their comparison, their error rates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sanity.cli import parse, plan_of, with_preset
+from sanity.experiment import Training
+from sanity.session import parser
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="installed without benchmarks")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import reproduce
+
+    return reproduce
+
+
+def plan_for(bench: Any, model: str = "cnn", images: int = 10, permuted: bool = True) -> Any:
+    true, other = (Training(Path("work"), Path("idx"), "mnist", model, kind) for kind in ("true", "permuted"))
+    one = bench.Experiment(true, other if permuted else None, images, 2, Path("work"))
+    return plan_of(parse(parser(), with_preset(one.words(), "quick")))
+
+
+def test_an_experiment_is_the_released_codes_plan(bench: Any) -> None:
+    plan = plan_for(bench)
+    assert (plan.redraw, plan.reinit, plan.target, plan.limit, plan.samples) == (True, "module", "repredicted", 10, 50)
+    assert plan.orders == ("cascading", "independent", "data")
+    assert set(bench.cells()["method"]) <= set(plan.methods)
+    assert set(bench.cells()["similarity"]) <= set(plan.similarities)
+    assert plan.seeds == (0, 1)
+    assert plan_for(bench, permuted=False).orders == ("cascading", "independent")
+
+
+def test_what_cannot_be_had_is_left_out(bench: Any) -> None:
+    assert not {"gradcam", "guided_gradcam"} & set(plan_for(bench, "mlp").methods)
+    assert bench.COSTLY in plan_for(bench).methods
+    assert bench.COSTLY not in plan_for(bench, images=200).methods
+
+
+def rows_at(value: float, spread: float) -> pd.DataFrame:
+    """Four images of the CNN's gradient after the logits, alternating around a mean."""
+    shared = {"model": "mnist_cnn", "order": "cascading", "stage_index": 1, "stage": "softmax_linear", "seed": 0}
+    found = pd.DataFrame({"image": list("abcd"), "value": value + spread * np.array([1, -1, 1, -1.0])})
+    return found.assign(
+        **shared, method="gradient", similarity="spearman_abs", status="ok", target=0, data="mnist", net="cnn"
+    )
+
+
+def test_cells_are_compared_in_standard_deviations_over_images(bench: Any) -> None:
+    (cell,) = bench.compared(rows_at(0.5, 0.05)).itertuples()
+    assert (cell.published, cell.method, cell.stage) == (0.601, "gradient", "softmax_linear")
+    np.testing.assert_allclose([cell.reproduced, cell.difference, cell.std], [0.5, 0.5 - 0.601, 0.05], rtol=1e-12)
+    np.testing.assert_allclose(cell.deviations, 0.101 / 0.05, rtol=1e-9)
+    assert "outside two" in bench.markdown(bench.compared(rows_at(0.5, 0.05)))
+    assert "1 of 1 cells within two" in bench.markdown(bench.compared(rows_at(0.5, 0.06)))
+
+
+def test_networks_that_nothing_was_published_of_have_no_cells(bench: Any) -> None:
+    assert bench.compared(rows_at(0.5, 0.1).assign(data="fashion-mnist")).empty
+
+
+def test_a_training_is_asked_for_once_and_the_longest_first(bench: Any) -> None:
+    made = {
+        (model, kind): Training(Path("work"), Path("idx"), "mnist", model, kind)
+        for model in ("mlp", "cnn")
+        for kind in ("true", "permuted")
+    }
+    chosen = [
+        bench.Experiment(made[model, "true"], made[model, "permuted"], images, 1, Path("work"))
+        for model in ("mlp", "cnn")
+        for images in (10, 200)
+    ]
+    order = [(one.model, one.labels) for one in bench.trainings(chosen)]
+    assert order == [("cnn", "permuted"), ("mlp", "permuted"), ("cnn", "true"), ("mlp", "true")]
+
+
+def test_inceptions_points_stand_beside_the_stored_run(bench: Any) -> None:
+    found = bench.inception_compared()
+    assert len(found) == len(bench.inception())
+    assert found[["mean", "low", "high"]].notna().all(axis=None)
+
+
+def test_verdicts_of_planted_explainers_are_counted(bench: Any) -> None:
+    import verdict_errors
+
+    said = [("gradient", "pass"), ("gradient", "fail"), ("edges", "inconclusive"), ("random", "inconclusive")]
+    found = pd.DataFrame(said, columns=["method", "verdict"]).assign(similarity="ssim")
+    table = verdict_errors.errors(found).query("similarity == 'ssim'").set_index("method")
+    assert table[["right", "wrong", "missed"]].to_numpy().tolist() == [[0.5, 0.5, 0], [0, 0, 1], [1, 0, 0]]
+    one = verdict_errors.judged(0, 5, 2).set_index(["method", "similarity"])["verdict"]
+    assert set(one["edges"]) == {"fail"}
+    assert "pass" not in set(one["random"])
