@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -24,7 +25,7 @@ from sanity.images import Images
 from sanity.models import Classifier
 from sanity.observation import CHUNK, Seen, first_look, working
 from sanity.plan import Plan
-from sanity.records import SCHEMA_VERSION
+from sanity.records import SCHEMA_VERSION, atomically, read_rows
 
 FILE = "fingerprints.parquet"
 GRID = 8
@@ -75,17 +76,18 @@ def fingerprints(
     batch_size: int = 8,
     device: str = "cpu",
     on_progress: Callable[[int], object] = lambda evaluations: None,
+    run_saw: Sequence[Fingerprint] = (),
 ) -> list[Fingerprint]:
     """Explain the first 8 images with the trained network again: first, again, and under other noise.
 
     The package's own methods repeat themselves by construction, and those that draw nothing do so under any
-    noise: for them a look stands for the others, so that all costs one to two stages of one seed. A method
-    from outside takes all three. Best taken after the run itself: what its explainers left behind in the
-    network then shows. on_progress(evaluations) is called as they are made, `cost` of them.
+    noise: for them a look stands for the others, and run_saw, what the run itself saw (`seen_by`), for the first.
+    A method from outside takes all three. Best taken after the run itself: what its explainers left behind in
+    the network then shows. on_progress(evaluations) is called as they are made, `cost` of them.
     """
-    chunk, taken = images.limit(CHUNK), list[Fingerprint]()
+    chunk, taken = images.limit(CHUNK), [one for one in run_saw if one.method in _own(plan)]
     with working(classifier.network, plan, device):
-        for name, methods, how in _looks(plan):
+        for name, methods, how in _looks(plan, run_saw):
             # an engine of its own, so that no look can be the memory of another
             engine = Engine(methods, batch_size, on_progress)
             taken += _rows(classifier, plan, name, first_look(engine, how, classifier, chunk, device))
@@ -97,19 +99,30 @@ def fingerprints(
     return [*taken, *copies]
 
 
-def cost(plan: Plan, images: Images) -> int:
+def cost(plan: Plan, images: Images, run_saw: Sequence[Fingerprint] = ()) -> int:
     """Network evaluations, forward and backward, of `fingerprints`."""
-    return min(len(images), CHUNK) * sum(Engine(methods, 1).cost for _, methods, _ in _looks(plan))
+    return min(len(images), CHUNK) * sum(Engine(methods, 1).cost for _, methods, _ in _looks(plan, run_saw))
 
 
-def _looks(plan: Plan) -> Iterator[tuple[str, Sequence[Method], Plan]]:
+def seen_by(plan: Plan, classifier: Classifier, seen: Seen) -> list[Fingerprint]:
+    """Fingerprints of what a run's trained network shows of a chunk of images."""
+    return list(_rows(classifier, plan, "first", seen))
+
+
+def _looks(plan: Plan, run_saw: Sequence[Fingerprint]) -> Iterator[tuple[str, Sequence[Method], Plan]]:
     """Name of each look, the methods that must take it, and the plan they take it by."""
-    methods = plan.explainers()
-    strangers = [method for method in methods if not _ours(method)]
-    noisy = [method for method in methods if method in strangers or not method.deterministic]
+    methods, own = plan.explainers(), _own(plan)
+    known = own & {one.method for one in run_saw}
+    first = [method for method in methods if method.name not in known]
+    strangers = [method for method in methods if method.name not in own]
+    noisy = [method for method in methods if method.name not in own or not method.deterministic]
     other = replace(plan, seeds=(plan.seeds[0] ^ OTHER,))
-    looks = (("first", methods, plan), ("again", strangers, plan), ("other", noisy, other))
+    looks = (("first", first, plan), ("again", strangers, plan), ("other", noisy, other))
     return (look for look in looks if look[1])
+
+
+def _own(plan: Plan) -> set[str]:
+    return {method.name for method in plan.explainers() if _ours(method)}
 
 
 def _ours(method: Method) -> bool:
@@ -143,6 +156,13 @@ def _grid(x: Tensor) -> list[float]:
 
 
 def write(path: Path, found: Iterable[tuple[Any, ...]]) -> None:
-    """Write fingerprints, in the order given."""
+    """Write fingerprints, in the order given, whole or not at all."""
     columns: Sequence[Sequence[object]] = list(zip(*found, strict=True))
-    pq.write_table(pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], SCHEMA), path)
+    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], SCHEMA)
+    atomically(path, lambda temporary: pq.write_table(table, temporary))
+
+
+def read(path: Path) -> list[Fingerprint]:
+    """Fingerprints that `write` wrote; none if there is no such file."""
+    rows = read_rows(path)[SCHEMA.names] if path.exists() else pd.DataFrame()
+    return [Fingerprint(*row) for row in rows.itertuples(index=False)]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sanity import images as image_sets
 from sanity import models
 from sanity.attributions import Explainer, Method
-from sanity.engine import Engine, predict
+from sanity.engine import Engine, best_batch, predict
 from sanity.images import Images
 from sanity.models import Classifier
 from sanity.observation import (
@@ -48,10 +48,12 @@ def run(
     device: str = "cpu",
     done: frozenset[Key] = frozenset(),
     on_progress: Callable[[int], object] = lambda evaluations: None,
+    on_trained: Callable[[Seen], object] = lambda seen: None,
 ) -> Iterator[Step]:
     """Run a plan: for every chunk of images, seed, order and stage, how alike the maps still are.
 
-    Steps in `done` are not taken again. The network is changed in place and left as it came.
+    Steps in `done` are not taken again. The network is changed in place and left as it came. on_trained is
+    given what the trained network shows of each chunk that is looked at.
     """
     network = classifier.network
     engine = Engine(plan.explainers(), batch_size, on_progress)
@@ -61,6 +63,7 @@ def run(
             if done.issuperset(keys(plan, stages, number)):
                 continue
             base = baseline(engine, plan, classifier, chunk, device)
+            on_trained(base.trained)
             for seed, order in product(plan.seeds, plan.orders):
                 cell = Cell(number, seed, order)
                 yield from walk(engine, plan, classifier, stages, sources[order], base, cell, done)
@@ -151,6 +154,12 @@ def prepare(plan: Plan, classifier: Classifier, images: Images, device: str = "c
         explained(plan.target, predict(network, example, 1).expand(len(images), -1), images)
         refuse_unsuited(plan.explainers(), network, example)
         return resolve_stages(plan, classifier, example)
+
+
+def suited_batch(plan: Plan, classifier: Classifier, images: Images, device: str) -> int:
+    """Number of evaluations at a time that runs fastest on this machine and fits into its memory, measured."""
+    with working(classifier.network, plan, device):
+        return best_batch(classifier.network, load(classifier, images.limit(1), plan, device))
 
 
 def check(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,12 +27,12 @@ from sanity.engine import Engine
 from sanity.folder import RunFolder
 from sanity.images import Images
 from sanity.models import MODELS, Classifier
-from sanity.observation import CHUNK
+from sanity.observation import CHUNK, Seen
 from sanity.plan import Plan, presets
 from sanity.randomization import ORDERS, REINITIALISERS, steps
 from sanity.records import PROTOCOL_VERSION, Array, Key, Prediction, read_rows, read_unrelated
 from sanity.report.figures import draw
-from sanity.run import draws_of, keys, prepare, run
+from sanity.run import draws_of, keys, prepare, run, suited_batch
 from sanity.stages import Stage
 from sanity.worker import Task
 
@@ -40,6 +40,8 @@ DEFAULT_OUTPUT = "sanity_run"
 FAILED = 1
 """Exit code of a run that is finished but for cells that failed again and again."""
 GPU_BATCH = 64
+LONG = 2000
+"""Evaluations from which on it pays to measure which batch size is fastest."""
 CPU_BATCH = 4
 """Measured: more evaluations at a time make tensors that the C library maps anew from the system, page by page."""
 INTRODUCTION = """Does an explanation depend on the network? Replace the network's weights by random ones, stage by
@@ -142,13 +144,16 @@ def command(arguments: Sequence[str]) -> int:
     classifier = classifier.squashing() if plan.squash else classifier
     found = prepare(plan, classifier, pictures, setting.device)
     with reached(setting.cluster) if setting.cluster else nullcontext() as connection:
-        setting = _sized(setting, values.batch_size, connection)
+        long = not setting.resume and work(plan, pictures, found, frozenset()) >= LONG
+        measure = partial(suited_batch, plan, classifier, pictures, setting.device) if long else None
+        setting = _sized(setting, values.batch_size, connection, measure)
         folder = RunFolder(setting.output)
         header = folder.open(manifest(plan, setting, classifier, pictures, found), setting.resume)
         if header["status"] != "complete" or header.get("failures"):
             take = walk if connection is None else partial(spread, connection)
             said = take(plan, setting, classifier, pictures, found, folder, header["batch_size"])
-            keep_fingerprints(plan, setting, classifier, pictures, folder, header["batch_size"])
+            if not {image for one in said["failures"] for image in one["images"]} & set(pictures.ids[:CHUNK]):
+                keep_fingerprints(plan, setting, classifier, pictures, folder, header["batch_size"])
             header = folder.finish({**header, **said, **clock.stamp()}, ranks(plan, pictures))
     publish(folder, header)
     return FAILED if header.get("failures") else 0
@@ -182,10 +187,15 @@ def _cluster(values: Namespace) -> Cluster | None:
     return None
 
 
-def _sized(setting: Setting, size: str, connection: Connection | None) -> Setting:
-    """The setting, with the batch size that suits the workers' device where none was asked for."""
-    if connection is None or size != "auto":
+def _sized(
+    setting: Setting, size: str, connection: Connection | None, measure: Callable[[], int] | None
+) -> Setting:
+    """The setting, with the batch size that suits the device where none was asked for; measured for a long run."""
+    if size != "auto" or (connection is None and measure is None):
         return setting
+    if connection is None and measure is not None:
+        return replace(setting, batch_size=measure())
+    assert connection is not None
     return replace(setting, batch_size=GPU_BATCH if connection.gpus else CPU_BATCH)
 
 
@@ -237,6 +247,11 @@ def walk(
     """
     folder.keep_pictures(illustrations(plan, classifier, pictures, found))
     done = folder.done()
+
+    def keep(seen: Seen) -> None:
+        if seen.inputs.ids == pictures.ids[:CHUNK]:
+            fingerprints.write(folder.steps / fingerprints.FILE, fingerprints.seen_by(plan, classifier, seen))
+
     with _bar(classifier, work(plan, pictures, found, done)) as bar:
         for step in run(
             plan,
@@ -247,6 +262,7 @@ def walk(
             device=setting.device,
             done=done,
             on_progress=bar.update,
+            on_trained=keep,
         ):
             folder.flush(step)
             bar.set_postfix_str(f"{step.key.order} {step.stage}")
@@ -309,8 +325,9 @@ def keep_fingerprints(
     plan: Plan, setting: Setting, classifier: Classifier, pictures: Images, folder: RunFolder, batch_size: int
 ) -> None:
     """Write the trained network's maps in short, for `python -m sanity.gate`; an interrupted run takes them anew."""
+    run_saw = fingerprints.read(folder.steps / fingerprints.FILE)
     with tqdm(
-        total=fingerprints.cost(plan, pictures),
+        total=fingerprints.cost(plan, pictures, run_saw),
         unit=" gradients",
         unit_scale=True,
         leave=False,
@@ -318,7 +335,13 @@ def keep_fingerprints(
         desc="fingerprints of the trained maps",
     ) as bar:
         found = fingerprints.fingerprints(
-            plan, classifier, pictures, batch_size=batch_size, device=setting.device, on_progress=bar.update
+            plan,
+            classifier,
+            pictures,
+            batch_size=batch_size,
+            device=setting.device,
+            on_progress=bar.update,
+            run_saw=run_saw,
         )
     fingerprints.write(folder.path / fingerprints.FILE, found)
 

@@ -10,9 +10,10 @@ from torch import nn
 
 from sanity import images as image_sets
 from sanity import models
-from sanity.fingerprints import cost, described, fingerprints, write
+from sanity.fingerprints import cost, described, fingerprints, read, seen_by, write
 from sanity.plan import Plan
 from sanity.records import read_rows
+from sanity.run import prepare, run
 
 LOOKS = ("first", "again", "other")
 
@@ -85,6 +86,28 @@ def test_the_cost_is_what_is_evaluated(awkward, pictures):
     fingerprints(plan, models.of_network(awkward), images, on_progress=counted.append)
     # the gradient once, smoothgrad's three points under two noises, a stranger three times
     assert sum(counted) == cost(plan, images) == 3 * (1 + 2 * 3 + 3)
+
+
+def test_what_the_run_saw_of_the_packages_own_methods_is_not_looked_at_again(awkward, pictures, tmp_path):
+    def mine(network, images, targets):
+        return images
+
+    plan = Plan(methods=("gradient", "smoothgrad", mine), images="tensors", samples=3)
+    images, classifier, counted, chunks = image_sets.tensors(pictures), models.of_network(awkward), [], []
+    stages = prepare(plan, classifier, images)
+    for _ in run(plan, classifier, images, stages, on_trained=chunks.append):
+        pass
+    (seen,) = chunks
+    write(tmp_path / "f.parquet", seen_by(plan, classifier, seen))
+    run_saw = read(tmp_path / "f.parquet")
+    short = fingerprints(plan, classifier, images, run_saw=run_saw, on_progress=counted.append)
+    # only smoothgrad under other noise, and the stranger three times
+    assert sum(counted) == cost(plan, images, run_saw) == 3 * (3 + 3)
+    long = fingerprints(plan, classifier, images)
+    for found, name in ((short, "short"), (long, "long")):
+        write(tmp_path / name, sorted(found, key=lambda one: (one.method, one.look, one.image)))
+    assert (tmp_path / "short").read_bytes() == (tmp_path / "long").read_bytes()
+    assert read(tmp_path / "nowhere") == []
 
 
 def test_at_most_eight_images_are_looked_at_whatever_the_batch(awkward):
