@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from sanity.attributions.base import (
 )
 from sanity.attributions.gradients import PIXELS
 from sanity.folding import Folded, foldable
+from sanity.memory import CANDIDATES, available, bytes_of, fastest, in_parts, tried
 from sanity.reuse import CannotReuseError, Recording, Replaying
 
 CACHE_BYTES = 2**30
@@ -162,17 +164,30 @@ class Engine:
         return self._folds[network]
 
     def _call(self, method: FunctionMethod, network: nn.Module, inputs: Inputs) -> Tensor:
-        parts = []
-        for start in range(0, len(inputs.ids), self.batch_size):
-            part = part_of(inputs, start, start + self.batch_size)
+        def explain(cut: slice) -> Tensor:
+            part = part_of(inputs, cut.start, cut.stop)
             with torch.enable_grad():
                 maps = method(network, part).detach()
             n, _, height, width = part.pixels.shape
             if maps.ndim != 4 or (len(maps), *maps.shape[2:]) != (n, height, width):
                 raise ValueError(f"method {method.name!r} gave {tuple(maps.shape)} for {tuple(part.pixels.shape)}")
-            parts.append(maps.to(part.pixels))
             self.on_progress(method.cost * n)
+            return maps.to(part.pixels)
+
+        parts, self.batch_size = in_parts(explain, len(inputs.ids), self.batch_size)
         return torch.cat(parts)
+
+    def _gradients(self, network: nn.Module, points: Tensor, inputs: Inputs, rule: Rule) -> tuple[Tensor, Tensor]:
+        """`gradients` of a micro-batch as a whole, or in parts if memory does not suffice."""
+
+        def part(cut: slice) -> tuple[Tensor, Tensor]:
+            return gradients(network, points[cut], inputs.pixels[cut], inputs.targets[cut], rule)
+
+        parts, size = in_parts(part, len(points), len(points))
+        if size < len(points):
+            self.batch_size = size
+        found, logits = zip(*parts, strict=True)
+        return torch.cat(found), torch.cat(logits)
 
     def _combine(
         self, network: nn.Module, states: Sequence[State], rule: Rule, trained: Callable[[], object]
@@ -196,17 +211,21 @@ class Engine:
             if any(sharing):
                 trained()
                 points.requires_grad_()
-                recording = record(network, points, inputs.pixels[owners], rule)
+                recording = tried(partial(record, network, points, inputs.pixels[owners], rule))
+                if recording is None:
+                    sharing = [False for _ in states]
             for s, state in enumerate(states):
                 state.enter()
-                kept = recording if sharing[s] else None
-                arguments = (points, inputs.pixels[owners], state.inputs.targets[owners], rule)
-                try:
-                    found, logits = gradients(network, *arguments, kept)
-                    sharing[s] = kept is not None and kept.shares[-1] >= WORTH
-                except CannotReuseError:
-                    recording, sharing = None, [False for _ in states]
-                    found, logits = gradients(network, *arguments)
+                mates = Inputs(
+                    inputs.pixels[owners], state.inputs.targets[owners], tuple(inputs.ids[n] for n in owners)
+                )
+                answer = None
+                if recording is not None and sharing[s]:
+                    answer = self._again(network, points, mates, rule, recording)
+                    sharing[s] = answer is not None and recording.shares[-1] >= WORTH
+                    if answer is None:
+                        recording, sharing = None, [False for _ in states]
+                found, logits = answer or self._gradients(network, points.detach(), mates, rule)
                 for (n, point), gradient, row in zip(batch, found, logits, strict=True):
                     if rule is PLAIN and point in PIXELS:
                         said[s][n] = row
@@ -220,6 +239,15 @@ class Engine:
             )
             for s, state in enumerate(states)
         ]
+
+    def _again(
+        self, network: nn.Module, points: Tensor, inputs: Inputs, rule: Rule, recording: Recording
+    ) -> tuple[Tensor, Tensor] | None:
+        """`gradients` with what is kept of the trained pass, or None if that cannot be, or memory does not suffice."""
+        try:
+            return tried(partial(gradients, network, points, inputs.pixels, inputs.targets, rule, recording))
+        except CannotReuseError:
+            return None
 
     def _at(self, point: Point, inputs: Inputs, n: int) -> Tensor:
         key = (point, inputs.ids[n], inputs.seed)
@@ -271,4 +299,19 @@ def part_of(inputs: Inputs, start: int, stop: int) -> Inputs:
 def predict(network: nn.Module, pixels: Tensor, batch_size: int) -> Tensor:
     """Logits (N, classes) of pixels (N, C, H, W), without gradients."""
     with torch.no_grad():
-        return torch.cat([logits_of(network, part) for part in torch.split(pixels, batch_size)])
+        parts, _ = in_parts(lambda cut: logits_of(network, pixels[cut]), len(pixels), batch_size)
+        return torch.cat(parts)
+
+
+def best_batch(network: nn.Module, example: Tensor) -> int:
+    """Number of evaluations at a time that runs fastest here, measured; example (1, C, H, W)."""
+    target = torch.zeros(1, dtype=torch.int64, device=example.device)
+
+    def step(n: int) -> None:
+        points, targets = example.expand(n, -1, -1, -1).contiguous(memory_format=torch.channels_last), target.expand(n)
+        gradients(network, points, points, targets, PLAIN)
+        if example.is_cuda:
+            torch.cuda.synchronize()
+
+    each = bytes_of(lambda x: logits_of(network, x), example)
+    return fastest(step, CANDIDATES[example.device.type], each, available(example.device))

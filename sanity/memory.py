@@ -1,0 +1,113 @@
+"""How many network evaluations fit into memory at once, how many run fastest, and what is done when it was too many."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+SHARE = 0.5
+"""Of the memory that is free, how much the activations of one micro-batch may take."""
+CANDIDATES = {"cpu": (4, 8, 16), "cuda": (16, 32, 64, 128, 256)}
+"""On a processor, less than 4 or more than 16 evaluations at a time were never faster; see `fastest`."""
+GAIN = 0.03
+"""A larger micro-batch must be faster than a smaller one by this much."""
+
+T = TypeVar("T")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had, on a processor or a GPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+
+
+def tried(evaluate: Callable[[], T]) -> T | None:
+    """`evaluate()`, or None if memory did not suffice.
+
+    The error is dropped here, and with it the frames that hold what was allocated.
+    """
+    try:
+        return evaluate()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def in_parts(evaluate: Callable[[slice], T], count: int, size: int) -> tuple[list[T], int]:
+    """`evaluate` for slices of at most `size` of `count` things; size is halved whenever memory does not suffice.
+
+    Returns the parts and the size that sufficed. Raises MemoryError when one thing alone is too much.
+    """
+    parts: list[T] = []
+    start = 0
+    while start < count:
+        part = slice(start, min(start + size, count))
+        found = tried(lambda part=part: evaluate(part))  # type: ignore[misc]
+        if found is not None:
+            parts.append(found)
+            start = part.stop
+        elif size == 1:
+            raise MemoryError("there is not enough memory for a single evaluation of the network")
+        else:
+            size = max(1, min(size, count) // 2)
+    return parts, size
+
+
+def available(device: torch.device) -> int:
+    """Bytes of memory that are free on a device; on a processor as Linux tells, 4 GiB where nothing tells."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    try:
+        with open("/proc/meminfo") as lines:  # noqa: PTH123
+            words = dict(line.split(":") for line in lines)
+        return int(words["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 4 * 2**30
+
+
+def bytes_of(evaluate: Callable[[Tensor], Tensor], example: Tensor) -> int:
+    """Memory that the graph of `evaluate(example)` keeps for its backward pass; example (1, C, H, W)."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        evaluate(example.detach().requires_grad_())
+    return max(1, sum(kept.values()))
+
+
+def fastest(
+    step: Callable[[int], object], candidates: Sequence[int], bytes_each: int, free: int, rounds: int = 2
+) -> int:
+    """The candidate whose step takes the least time an evaluation, of those that fit into memory.
+
+    step(n) makes n evaluations at once; the first round only warms up. A candidate that runs out of memory ends
+    the search. Returns at least 1: the smallest candidate halved, if not even that fits.
+    """
+    fitting = [n for n in candidates if n * bytes_each <= free * SHARE]
+    if not fitting:
+        return max(1, int(free * SHARE / bytes_each))
+    best, least = fitting[0], float("inf")
+    for n in fitting:
+        times = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            if tried(lambda n=n: (step(n), True)) is None:  # type: ignore[misc]
+                return best
+            times.append((time.perf_counter() - start) / n)
+        if min(times) < least * (1 - GAIN):
+            best, least = n, min(times)
+    return best
