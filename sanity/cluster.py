@@ -134,6 +134,9 @@ def reached(cluster: Cluster) -> Iterator[Connection]:
         import ray
     except ImportError as error:
         raise ImportError(f"--engine ray needs Ray ({first_line(error)}): pip install 'saliency-sanity[ray]'") from None
+    if cluster.address is None and hasattr(ray, "_private"):
+        # The same, where an explainer's module has imported Ray before.
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
     if cluster.address is not None and cluster.address != "auto":
         _knock(cluster.address)
     own = {"address": "local", "num_cpus": max(cores(), cluster.workers or 1), "include_dashboard": False}
@@ -162,6 +165,11 @@ def _knock(address: str) -> None:
 
 def _shared_out(ray: Any, cluster: Cluster) -> Connection:
     found = nodes(ray)
+    here = {node["NodeManagerAddress"] for node in ray.nodes()}
+    if cluster.address is None and not all(address.startswith("127.") for address in here):
+        raise ValueError(
+            f"Ray would listen at {', '.join(here)}; start it yourself (ray start) and give --address auto"
+        )
     seen = sum(node.gpus for node in found)
     gpus = cluster.gpus if cluster.gpus is not None else float(cluster.device != "cpu" and seen > 0)
     if cluster.device == "cpu" and gpus:
