@@ -78,13 +78,25 @@ def test_a_broken_run_is_refused_in_one_line_by_gate_and_report(name, tmp_path, 
     for runs in ([whole, broken], [broken, whole]):
         assert words in refused(gate.main, [*map(str, runs), "--junit", str(tmp_path / "gate.xml")], capsys)
     assert words in refused(gate.main, ["--verdicts", str(broken), "--expect", "gradient=pass"], capsys)
-    if name != "no header":  # which a report takes for a folder of runs, and says so
+    if name not in ("no header", "no scores"):  # no runs at all to a report, which looks for some in a folder
         for format_ in ("html", "csv"):
             output = tmp_path / format_
             words_ = [str(broken), "--format", format_, "--output", str(output)]
             assert words in refused(report.main, words_, capsys)
             assert not output.exists()
     assert not (tmp_path / "gate.xml").exists()
+
+
+def test_what_other_commands_leave_is_passed_over_by_a_report(tmp_path, capsys):
+    """A deletion evaluation, say: its run.json stands beside other numbers than scores."""
+    other = store(tmp_path / "results" / "deletion")
+    (other / "scores.parquet").rename(other / "measures.parquet")
+    words = ["--format", "csv", "--output", str(tmp_path / "csv")]
+    assert "no run in" in refused(report.main, [str(other), *words], capsys)
+    store(tmp_path / "results" / "run")
+    assert report.main([str(tmp_path / "results"), *words]) == 0
+    assert report.main([*map(str, (tmp_path / "results").iterdir()), *words]) == 0
+    assert "deletion holds no run, passed over" in capsys.readouterr().err
 
 
 def test_types_of_another_program_are_read_as_ours(tmp_path, capsys):

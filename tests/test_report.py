@@ -44,7 +44,7 @@ def test_runs_are_found_however_deep_and_the_rest_is_passed_over(folder):
 def test_paths_without_a_run_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="nowhere does not exist"):
         find([tmp_path / "nowhere"])
-    with pytest.raises(ValueError, match=r"no run in .*empty: a run's folder holds a run\.json"):
+    with pytest.raises(ValueError, match=r"no run in .*empty: a run's folder holds run\.json and scores\.parquet"):
         find([folder / "empty"])
 
 

@@ -43,19 +43,21 @@ class StoredRun:
 def find(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """Folders of runs, and paths passed over: a path is a run's folder, or holds some, however deep.
 
-    Passed over, so that `results/*` may hold other things: files, and folders without a run. Raises
-    ValueError for a path that does not exist and if no run is left.
+    Passed over, so that `results/*` may hold other things: files, folders without a run, and what other
+    commands leave (their run.json stands beside no scores). Raises ValueError for a path that does not exist
+    and if no run is left.
     """
     found: list[Path] = []
     over: list[Path] = []
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path} does not exist")
-        runs = [path] if (path / "run.json").is_file() else sorted(p.parent for p in path.glob("**/run.json"))
+        folders = [path] if (path / "run.json").is_file() else sorted(p.parent for p in path.glob("**/run.json"))
+        runs = [folder for folder in folders if any((folder / name).exists() for name in ("scores.parquet", "steps"))]
         found += [run for run in runs if run not in found]
         over += [] if runs else [path]
     if not found:
-        raise ValueError(f"no run in {', '.join(map(str, paths))}: a run's folder holds a run.json")
+        raise ValueError(f"no run in {', '.join(map(str, paths))}: a run's folder holds run.json and scores.parquet")
     return found, over
 
 
