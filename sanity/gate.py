@@ -34,7 +34,11 @@ INTRODUCTION = """Is it still the same explainer? Compares two stored runs, or c
 
   python -m sanity.gate BASELINE CURRENT
   python -m sanity.gate BASELINE CURRENT --allow weights,seeds --junit gate.xml --markdown "$GITHUB_STEP_SUMMARY"
-  python -m sanity.gate --verdicts RUN --expect gradient=pass,guided_backprop=fail"""
+  python -m sanity.gate --verdicts RUN --expect gradient=pass,guided_backprop=fail
+
+Changed: a mean shift above --max-shift whose 95 % interval lies wholly beyond it, after Benjamini and Hochberg's
+correction for all comparisons; cells that are missing, extra or newly without a score; stages made of other
+parameters. The same: an interval wholly within --max-shift. Else inconclusive: more images or seeds would tell."""
 CODES = "Exit code: 0 the same, 1 changed (or inconclusive, unless that may pass), 2 input that cannot be used."
 
 COLUMNS = {

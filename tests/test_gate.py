@@ -667,6 +667,15 @@ def test_a_run_without_a_verdict_is_refused(judged):
         expect(a_run(judged.assign(order="independent")), "gradient=pass")
 
 
+def test_help_states_what_counts_as_changed(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    said = capsys.readouterr().out
+    assert "Benjamini and Hochberg" in said
+    assert "Exit code: 0 the same, 1 changed" in said
+
+
 # --- no torch
 
 
