@@ -25,6 +25,7 @@ from sanity.training import (
     LABELS,
     PRECISIONS,
     SCHEDULES,
+    SPLITS,
     DataSet,
     Epoch,
     Recipe,
@@ -133,9 +134,11 @@ def walk(plan: Recipe, data: DataSet, state: State, folder: TrainingFolder) -> N
 def line(epoch: Epoch) -> str:
     """One epoch in words."""
     after = "" if epoch.train is None else f" ({epoch.train:.2%} after)"
+    other = {"validation": epoch.validation, "test": epoch.test}
+    shares = "".join(f"{name} {share:.2%}, " for name, share in other.items() if share is not None)
     return (
         f"epoch {epoch.number}: loss {epoch.loss:.4f}, training accuracy {epoch.running:.2%}{after}, "
-        f"validation {epoch.validation:.2%}, test {epoch.test:.2%}, {epoch.seconds:.1f} s"
+        f"{shares}{epoch.seconds:.1f} s"
     )
 
 
@@ -226,12 +229,16 @@ class TrainingFolder:
         weights = {name: value.contiguous() for name, value in state.network.state_dict().items()}
         _whole(model, lambda path: save_file(weights, path))
         last = state.history[-1]
-        train = accuracy(state.network, data.train) if last.train is None else last.train
+        known = {name: getattr(last, name) for name in SPLITS}
+        shares = {
+            name: accuracy(state.network, getattr(data, name)) if share is None else share
+            for name, share in known.items()
+        }
         complete = {
             **header,
             **environment(),
             "status": "complete",
-            "accuracy": {"train": train, "validation": last.validation, "test": last.test},
+            "accuracy": shares,
             "goal_met": met(plan, state.history),
             "epochs": len(state.history),
             "seconds": round(sum(epoch.seconds for epoch in state.history), 1),

@@ -29,6 +29,7 @@ CLASSES = 10
 DECAYED = ("hidden1.weight", "hidden2.weight", "fc1.weight")
 VALIDATION = 5000
 """The first training images are held out [code released with Adebayo et al. 2018]."""
+SPLITS = ("train", "validation", "test")
 NEAR = 0.05
 """Training accuracy is measured once the passes' own, which lags behind, is this near to the goal."""
 
@@ -205,15 +206,16 @@ class Epoch(NamedTuple):
     """What one pass came to: mean loss, and accuracies as shares.
 
     running is met with during the pass, while the weights move; train is measured after it, on the labels that
-    were trained on, or None where `running` was still far from the goal; seconds are those of all of it.
+    were trained on. What tells nothing of the goal is not measured, and None: train, where `running` was still far
+    from it; validation and test, too, where the goal is of the training images. seconds are those of all of it.
     """
 
     number: int
     loss: float
     running: float
     train: float | None
-    validation: float
-    test: float
+    validation: float | None
+    test: float | None
     seconds: float
 
 
@@ -250,12 +252,16 @@ def train(plan: Recipe, data: DataSet, state: State, on_step: OnStep = lambda *t
     while len(state.history) < plan.epochs and not met(plan, state.history):
         start, number = time.perf_counter(), len(state.history) + 1
         loss, running = _pass(plan, data.train, state, number, on_step)
-        near = plan.judged == "train" and running >= plan.goal - NEAR
-        measured = accuracy(state.network, data.train) if near else None
-        validation, test = (accuracy(state.network, split) for split in (data.validation, data.test))
-        seconds = time.perf_counter() - start
-        state.history.append(Epoch(number, loss, running, measured, validation, test, seconds))
+        found = dict.fromkeys(SPLITS, None) | measured(plan, data, state.network, running)
+        state.history.append(Epoch(number, loss, running, **found, seconds=time.perf_counter() - start))
         yield state.history[-1]
+
+
+def measured(plan: Recipe, data: DataSet, network: nn.Module, running: float) -> dict[str, float]:
+    """Accuracies of those SPLITS that are worth their time after a pass that met `running`."""
+    near = running >= plan.goal - NEAR
+    wanted = [name for name in SPLITS if (near if plan.judged == "train" else name != "train")]
+    return {name: accuracy(network, getattr(data, name)) for name in wanted}
 
 
 def met(plan: Recipe, history: Sequence[Epoch]) -> bool:

@@ -302,6 +302,8 @@ def test_permuted_labels_are_memorised_and_say_nothing_of_others(tiny):
     assert last.train == accuracy(state.network, data.train)
     assert all(epoch.train is None or epoch.train < plan.goal for epoch in state.history[:-1])
     assert last.test < 0.3
+    assert state.history[0][3:6] == (None, None, None)
+    assert all((epoch.test is None) == (epoch.running < plan.goal - training.NEAR) for epoch in state.history)
 
 
 def test_accuracy_counts_every_image_once(tiny):
