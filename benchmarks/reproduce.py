@@ -48,6 +48,8 @@ KEY = ["order", "stage", "similarity", "method"]
 FEW = 10
 """Images of the published curves. With more, IG-SmoothGrad stays out: it takes 2500 gradients a map."""
 COSTLY = "integrated_gradients_smoothgrad"
+BATCH = 50
+"""Evaluations at a time: pictures of 28x28 take more than photographs do."""
 T, R = TypeVar("T"), TypeVar("R")
 
 
@@ -81,7 +83,8 @@ class Experiment:
         return [
             *("--preset", PRESET, "--model", f"mnist_{self.true.model}", "--weights", str(self.true.weights)),
             *("--images", str(self.true.images), "--limit", str(self.images), "--methods", *methods, *other),
-            *("--seeds", *map(str, range(self.seeds)), "--strips", "1", "--output", str(self.output), "--resume"),
+            *("--seeds", *map(str, range(self.seeds)), "--strips", "1", "--batch-size", str(BATCH)),
+            *("--output", str(self.output), "--resume"),
         ]
 
     def _suits(self, method: str) -> bool:
