@@ -231,5 +231,7 @@ def reported(failure: Failure, images: Images) -> dict[str, Any]:
 def manifest(crew: Crew) -> dict[str, Any]:
     """What `run.json` says of the workers and of what failed."""
     kinds = [{"device": d, "threads": t, "workers": n} for (d, t), n in crew.veterans.items()]
-    failures = [reported(failure, crew.images) for failure in crew.ledger.failures]
+    places = {cell: place for place, cell in enumerate(crew.ledger.pending)}
+    given_up = sorted(crew.ledger.failures, key=lambda failure: places[failure.cell])
+    failures = [reported(failure, crew.images) for failure in given_up]
     return {"engine": f"ray {crew.ray.__version__}", "workers": kinds, "failures": failures}
