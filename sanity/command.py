@@ -27,7 +27,7 @@ def guarded_main(program: str, command: Callable[[], int], advice: str = "") -> 
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted{advice and f'; {advice}'}", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"{program}: error: {lines[0]}", file=sys.stderr)
         return 2

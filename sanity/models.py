@@ -62,6 +62,10 @@ class Preprocessing:
         pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1).float() / 255
         return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
+    def unscaled(self, pixels: Tensor) -> Tensor:
+        """Undo the scaling: (3, H, W) as the network takes them -> levels of the picture, [0, 1] black to white."""
+        return pixels * torch.tensor(self.std)[:, None, None] + torch.tensor(self.mean)[:, None, None]
+
 
 @dataclass(frozen=True)
 class Architecture:

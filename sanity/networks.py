@@ -33,6 +33,10 @@ class Greyscale:
             grey = grey.resize((self.side, self.side), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(grey))[None].float() / 255
 
+    def unscaled(self, pixels: Tensor) -> Tensor:
+        """Levels of the picture, [0, 1] black to white: the network takes just these."""
+        return pixels
+
 
 def cnn_parameters(layer: nn.Conv2d | nn.Linear) -> None:
     """Weights from a normal of deviation .1 cut at .2, biases .1 [code released with Adebayo et al. 2018]."""
