@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -11,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
+from sanity.parts import Parts, Place
 from sanity.summary import LEVEL, summarize
 
 Floats = NDArray[np.float64]
@@ -38,8 +40,8 @@ class Finding:
 
 
 def compare(
-    baseline: pd.DataFrame,
-    current: pd.DataFrame,
+    baseline: pd.DataFrame | Parts,
+    current: pd.DataFrame | Parts,
     max_shift: float = MAX_SHIFT,
     apart: Collection[str] = (),
     exact: Collection[str] = (),
@@ -65,15 +67,61 @@ def compare(
     `exact` names methods that chance cannot move: p is then 0 for any shift above max_shift, and the interval
     alone decides. `apart` names columns whose values may be in one run only (a method more, say); elsewhere
     each missing, extra or newly unscored cell is a finding. Raises ValueError for missing columns, cells
-    given twice, and tables without a common cell.
+    given twice, and tables without a common cell. Of tables in parts, one order and stage is read at a time.
     """
+    if isinstance(baseline, Parts) or isinstance(current, Parts):
+        shifts, findings, paired = _in_parts(baseline, current, apart)
+    else:
+        shifts, findings, paired = _together(baseline, current, apart)
+    return _judged(shifts, max_shift, exact if paired else (), alpha), findings
+
+
+def _together(
+    baseline: pd.DataFrame, current: pd.DataFrame, apart: Collection[str]
+) -> tuple[pd.DataFrame, list[Finding], bool]:
+    """Shifts, findings, and whether the tables have a seed in common."""
     baseline, current = _checked(baseline, "baseline"), _checked(current, "current")
     seeds = set(baseline["seed"]) & set(current["seed"])
     spread = pd.DataFrame() if seeds else _spread(baseline) + _spread(current)
     if not seeds:
         baseline, current = _over_seeds(baseline), _over_seeds(current)
     both, findings = pair(baseline, current, apart)
-    return _judged(_shifts(both, spread), max_shift, exact if seeds else (), alpha), findings
+    return _shifts(both, spread), findings, bool(seeds)
+
+
+def _in_parts(
+    baseline: pd.DataFrame | Parts, current: pd.DataFrame | Parts, apart: Collection[str]
+) -> tuple[pd.DataFrame, list[Finding], bool]:
+    """The same, a part at a time; groups do not reach beyond their part."""
+    old, new = (_by_place(rows) for rows in (baseline, current))
+    common = [place for place in old if place in new]
+    if not common:
+        raise ValueError(f"the runs have no cell in common: {next(iter(old))} against {next(iter(new))}")
+    shifts, findings, paired = [], list[Finding](), False
+    for place in common:
+        shift, found, paired = _together(old[place](), new[place](), apart)
+        shifts.append(shift)
+        findings += found
+    for kind, here, there in (("missing", old, new), ("extra", new, old)):
+        for place in here:
+            # As in a table: what may be in one run only is no finding where the other has it nowhere.
+            free = {"order": place.order not in {p.order for p in there}, "stage": True}
+            if place not in there and not any(name in apart and free[name] for name in free):
+                number = len(here[place]())
+                words = f"{kind} order {place.order} at stage {place.stage_index}: {_cells(number)}"
+                findings.append(Finding(kind, words, number))
+    return pd.concat(shifts, ignore_index=True), findings, paired
+
+
+def _by_place(rows: pd.DataFrame | Parts) -> dict[Place, Callable[[], pd.DataFrame]]:
+    if isinstance(rows, Parts):
+        return {place: partial(rows.read, place) for place in rows.files}
+    places = rows[[*Place._fields]].drop_duplicates().itertuples(index=False, name=None)
+    return {Place(*place): partial(_of_place, rows, Place(*place)) for place in places}
+
+
+def _of_place(rows: pd.DataFrame, place: Place) -> pd.DataFrame:
+    return rows[(rows["order"] == place.order) & (rows["stage_index"] == place.stage_index)]
 
 
 def _checked(rows: pd.DataFrame, name: str) -> pd.DataFrame:

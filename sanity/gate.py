@@ -26,6 +26,7 @@ from sanity.comparison import (
     map_scores,
 )
 from sanity.outcome import Case, Outcome
+from sanity.parts import Parts, seeds_in
 from sanity.records import write_text
 from sanity.registry import suggest
 from sanity.stored import Run, admit, read
@@ -124,11 +125,11 @@ def _stages(baseline: Mapping[str, Any], current: Mapping[str, Any]) -> list[Fin
     return found
 
 
-def _differing(apart: Mapping[str, str], old: pd.DataFrame, new: pd.DataFrame) -> list[str]:
+def _differing(apart: Mapping[str, str], old: pd.DataFrame | Parts, new: pd.DataFrame | Parts) -> list[str]:
     """Notes on what was allowed to differ."""
     notes = [f"{name} may differ and does: {words}" for name, words in apart.items()]
     if "seeds" in apart:
-        common = " ".join(map(str, sorted(set(old["seed"]) & set(new["seed"]))))
+        common = " ".join(map(str, sorted(seeds_in(old) & seeds_in(new))))
         alone = "no seed in common: images are paired, seeds are two samples"
         notes.append(f"only seeds {common} are compared" if common else alone)
     return notes

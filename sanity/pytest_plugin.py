@@ -65,7 +65,9 @@ def sanity_check(request: pytest.FixtureRequest) -> Callable[..., Checked]:
         if root:
             folder = folder_of(request.config.rootpath / root, request.node.nodeid, len(calls))
             _store(folder, found) if update else _compare(folder, found, option("--sanity-max-shift"))
-        return Checked(found.scores)
+        from sanity.parts import looked_at
+
+        return Checked(looked_at(found.scores))
 
     return check
 
@@ -182,10 +184,11 @@ def _store(folder: Path, run: Run) -> None:
     import pyarrow.parquet as pq
 
     from sanity import fingerprints
+    from sanity.parts import looked_at
     from sanity.records import Score, schema, write_json
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("scores", run.scores), ("unrelated", run.unrelated)):
+    for name, rows in (("scores", looked_at(run.scores)), ("unrelated", run.unrelated)):
         if rows is not None:
             plain = pa.table({field: rows[field] for field in Score._fields}, schema(Score))
             pq.write_table(plain, folder / f"{name}.parquet")

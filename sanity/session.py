@@ -15,7 +15,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
-from sanity import attributions, experiment, fingerprints, images, models, similarity, stages, summary
+from sanity import attributions, experiment, fingerprints, images, models, parts, similarity, stages, summary
 from sanity.blocks import predictions as read_packed
 from sanity.cells import Ledger
 from sanity.cli import HelpFormatter, add_fields, parse, plan_of, with_preset
@@ -30,7 +30,7 @@ from sanity.models import MODELS, Classifier
 from sanity.observation import CHUNK, Seen
 from sanity.plan import Plan, presets
 from sanity.randomization import ORDERS, REINITIALISERS, steps
-from sanity.records import PROTOCOL_VERSION, Array, Key, Prediction, read_rows, read_unrelated
+from sanity.records import PROTOCOL_VERSION, Array, Key, Prediction, read_unrelated
 from sanity.report.figures import draw
 from sanity.run import draws_of, keys, prepare, run, suited_batch
 from sanity.stages import Stage
@@ -187,9 +187,7 @@ def _cluster(values: Namespace) -> Cluster | None:
     return None
 
 
-def _sized(
-    setting: Setting, size: str, connection: Connection | None, measure: Callable[[], int] | None
-) -> Setting:
+def _sized(setting: Setting, size: str, connection: Connection | None, measure: Callable[[], int] | None) -> Setting:
     """The setting, with the batch size that suits the device where none was asked for; measured for a long run."""
     if size != "auto" or (connection is None and measure is None):
         return setting
@@ -393,13 +391,13 @@ def ranks(plan: Plan, pictures: Images) -> dict[str, Sequence[object]]:
 
 def publish(folder: RunFolder, header: Mapping[str, Any]) -> None:
     """Summary, verdicts and figures of a finished run, and the paths of all that was written."""
-    scores = read_rows(folder.path / "scores.parquet")
+    scores = parts.scores(folder.path)
     table, judged = summary.summarize(scores), summary.verdicts(scores, read_unrelated(folder.path))
     (folder.path / "summary.csv").write_text(summary.to_csv(table))
     (folder.path / "summary.md").write_text(summary.to_markdown(table))
     judged.to_csv(folder.path / "verdicts.csv", index=False, float_format="%.6f")
     with tqdm(desc="figures", unit=" figures", leave=False, mininterval=1) as bar:
-        drawn = draw(folder.path, lambda done, total: _show(bar, done, total))
+        drawn = draw(folder.path, lambda done, total: _show(bar, done, total), table)
     if not header.get("failures"):
         folder.tidy()
     print(summary.terminal_table(table))

@@ -9,7 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from sanity.records import read_header, read_rows, read_scores, read_unrelated
+from sanity import parts
+from sanity.parts import Parts
+from sanity.records import read_header, read_rows, read_unrelated
 from sanity.registry import suggest
 
 IRRELEVANT = {"weights", "images", "limit", "skip_bad_images", "save_maps", "strips", "hide_pictures"}
@@ -23,7 +25,7 @@ class Run:
 
     path: Path
     header: Mapping[str, Any]
-    scores: pd.DataFrame
+    scores: pd.DataFrame | Parts
     fingerprints: pd.DataFrame | None = None
     unrelated: pd.DataFrame | None = None
 
@@ -35,7 +37,7 @@ def read(path: Path) -> Run:
         raise ValueError(f"{path} holds an unfinished run (status {header['status']!r}); resume it first")
     stored = path / "fingerprints.parquet"
     looks = read_rows(stored) if stored.exists() else None
-    return Run(path, header, read_scores(path), looks, read_unrelated(path))
+    return Run(path, header, parts.scores(path), looks, read_unrelated(path))
 
 
 def differences(baseline: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:

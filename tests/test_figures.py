@@ -316,7 +316,7 @@ def titles(folder):
     scores = pd.read_parquet(folder / "scores.parquet")
     return [
         job.keywords.get("title", job.args[-1])
-        for _, job in [*figures._strips(folder, scores, "net"), *figures._curves(scores, "net")]
+        for _, job in [*figures._strips(folder, scores, "net"), *figures._curves(scores, "net", summarize(scores))]
     ]
 
 

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from sanity.parts import images_in
 from sanity.report.looks import REACH, WORDS, Look, looks, named, plural
 from sanity.summary import UNORDERED
 
@@ -106,6 +107,6 @@ def _furnish(axes: Axes, stages: list[str], order: str, size: float) -> None:
 
 def caption(scores: pd.DataFrame, name: str, order: str) -> str:
     """What a curve is a mean of, in words."""
-    images, seeds = plural(scores["image"].nunique(), "image"), plural(scores["seed"].nunique(), "seed")
+    images, seeds = plural(images_in(scores), "image"), plural(scores["seed"].nunique(), "seed")
     kind = "bars" if order in UNORDERED else "bands"
     return f"{name}, {order} randomization: mean of {images}, {seeds} ({kind}: its 95 % interval)"

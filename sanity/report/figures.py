@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from sanity import parts
 from sanity.records import Prediction, read_rows
 from sanity.report import strips
 from sanity.report.curves import caption, curve, reach
@@ -22,20 +23,26 @@ from sanity.summary import summarize
 Job = tuple[str, Callable[[], Figure]]
 
 
-def draw(run_folder: Path, on_progress: Callable[[int, int], None] | None = None) -> list[Path]:
+def draw(
+    run_folder: Path,
+    on_progress: Callable[[int, int], None] | None = None,
+    summary: pd.DataFrame | None = None,
+) -> list[Path]:
     """Draw everything a finished run holds into its `figures/`: the files, strips first.
 
     Reads scores.parquet and run.json, and strips.npz and predictions.parquet where they are there (no
-    strips.npz, no strips). on_progress(done, total) is called after each figure. Raises OSError if a file
-    cannot be read or written, ValueError if the scores are empty or of several models.
+    strips.npz, no strips). summary: of its scores, if it is known already. on_progress(done, total) is called
+    after each figure. Raises OSError if a file cannot be read or written, ValueError if the scores are empty
+    or of several models.
     """
-    scores = pd.read_parquet(run_folder / "scores.parquet")
+    rows = parts.scores(run_folder)
+    scores = parts.looked_at(rows)
     if len(models := list(scores["model"].unique())) != 1:
         raise ValueError(f"{run_folder / 'scores.parquet'}: scores of one model expected, found {models}")
     name = models[0] + (" (untrained)" if _untrained(run_folder / "run.json") else "")
     folder = run_folder / "figures"
     folder.mkdir(exist_ok=True)
-    jobs = [*_strips(run_folder, scores, name), *_curves(scores, name)]
+    jobs = [*_strips(run_folder, scores, name), *_curves(scores, name, summarize(rows) if summary is None else summary)]
     files = []
     with any_script():
         for done, (stem, make) in enumerate(jobs, 1):
@@ -60,8 +67,7 @@ def _untrained(header: Path) -> bool:
     return bool(plan.get("weights") == "random")
 
 
-def _curves(scores: pd.DataFrame, name: str) -> Iterator[Job]:
-    summary = summarize(scores)
+def _curves(scores: pd.DataFrame, name: str, summary: pd.DataFrame) -> Iterator[Job]:
     for order, similarity in summary[["order", "similarity"]].drop_duplicates().itertuples(index=False):
         title = caption(scores, name, order)
         yield f"curve_{safe(order)}_{safe(similarity)}", partial(curve, summary, order, similarity, title=title)

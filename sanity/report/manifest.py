@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from sanity.parts import images_in
 from sanity.report.looks import plural
 from sanity.summary import BLIND, MARGIN, RULE_VERSION
 
@@ -28,7 +29,7 @@ def facts(header: Header, scores: pd.DataFrame) -> Pairs:
     stages = len(header.get("stages") or ()) or int(scores["stage_index"].nunique() - 1)
     known = {
         "Network": _join(header.get("model"), header.get("weights"), "" if trained(header) else "untrained"),
-        "Pictures": _join(plan.get("images"), plural(scores["image"].nunique(), "picture"), _flag(plan, "squash")),
+        "Pictures": _join(plan.get("images"), plural(images_in(scores), "picture"), _flag(plan, "squash")),
         "Explained class": plan.get("target"),
         "Explainers": ", ".join(scores["method"].unique()),
         "Sampling": _some(plan, "samples", "mask_steps"),
@@ -87,10 +88,14 @@ def notes(header: Header, scores: pd.DataFrame) -> list[str]:
     if unchanged := header.get("unchanged_parameters") or {}:
         names = sorted({name for group in unchanged.values() for name in group})
         found.append(f"{plural(len(names), 'parameter')} left as before by re-initialisation: {listed(names)}.")
-    bad = scores["status"][scores["status"] != "ok"].value_counts()
-    if len(bad):
+    # The rows of a large run are an excerpt; its header has counted them all.
+    counts = scores["status"].value_counts().to_dict() if "images" not in scores.attrs else header["counts"]
+    if bad := {status: count for status, count in counts.items() if status != "ok"}:
         words = ", ".join(f"{count} for a {status}" for status, count in bad.items())
-        found.append(f"{bad.sum()} of {len(scores)} scores are NaN: {words}.")
+        found.append(f"{sum(bad.values())} of {sum(counts.values())} scores are NaN: {words}.")
+    for one in header.get("failures") or []:
+        where = f"{one['order']}, seed {one['seed']}, {listed(one['images'])}"
+        found.append(f"Failed {one['attempts']} times and left out: {where}: {one['reason']}.")
     if skipped := header.get("skipped_images") or {}:
         found.append(f"{plural(len(skipped), 'picture')} could not be read: {listed(list(skipped))}.")
     return found

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sanity.records import read_header, read_scores, read_unrelated
+from sanity import parts
+from sanity.parts import Parts
+from sanity.records import read_header, read_unrelated
 from sanity.report.looks import CONTROLS
 from sanity.report.manifest import trained
 from sanity.summary import VERDICT_COLUMNS, summarize, verdicts
@@ -20,7 +22,10 @@ from sanity.summary import VERDICT_COLUMNS, summarize, verdicts
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A finished run. label: its model's name, with the folder's where several runs are of one model."""
+    """A finished run. label: its model's name, with the folder's where several runs are of one model.
+
+    scores: all rows or, of a large run, those of its first images (`parts.looked_at`); unscored: of all rows.
+    """
 
     folder: Path
     label: str
@@ -28,6 +33,7 @@ class StoredRun:
     scores: pd.DataFrame
     summary: pd.DataFrame
     verdicts: pd.DataFrame
+    unscored: pd.DataFrame
 
     @property
     def plan(self) -> Mapping[str, Any]:
@@ -63,42 +69,48 @@ def find(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 def read_all(folders: Sequence[Path]) -> list[StoredRun]:
     """Read runs and name them. Raises ValueError for one that is unfinished, broken, or of a newer schema."""
-    parts = [(folder, *_read(folder)) for folder in folders]
-    labels = _labels([(folder, header, scores) for folder, header, scores in parts])
+    read = [(folder, *_read(folder)) for folder in folders]
+    labels = _labels([(folder, header, scores) for folder, header, _, scores in read])
     return [
-        StoredRun(folder, label, header, scores, summarize(scores), verdicts(scores, read_unrelated(folder)))
-        for (folder, header, scores), label in zip(parts, labels, strict=True)
+        StoredRun(
+            folder, label, header, scores, summarize(rows), verdicts(rows, read_unrelated(folder)), unscored(rows)
+        )
+        for (folder, header, rows, scores), label in zip(read, labels, strict=True)
     ]
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+def _read(folder: Path) -> tuple[dict[str, Any], pd.DataFrame | Parts, pd.DataFrame]:
     header = read_header(folder)
     if header.get("status", "complete") != "complete":
         raise ValueError(f"{folder} holds an unfinished run; finish it: python -m sanity.run ... --resume")
-    scores = read_scores(folder)
+    rows = parts.scores(folder)
+    scores = parts.looked_at(rows)
     if (count := scores["model"].nunique()) != 1:
         raise ValueError(f"{folder / 'scores.parquet'}: scores of one model expected, found {count or 'none'}")
-    return header, scores
+    return header, rows, scores
 
 
-def _labels(parts: Sequence[tuple[Path, Mapping[str, Any], pd.DataFrame]]) -> list[str]:
-    names = [str(scores["model"].iloc[0]) + ("" if trained(header) else " (untrained)") for _, header, scores in parts]
+def _labels(runs: Sequence[tuple[Path, Mapping[str, Any], pd.DataFrame]]) -> list[str]:
+    names = [str(scores["model"].iloc[0]) + ("" if trained(header) else " (untrained)") for _, header, scores in runs]
     for more in (lambda path: path.resolve().name, str):
         often = Counter(names)
         names = [
-            f"{name} ({more(part[0])})" if often[name] > 1 else name for name, part in zip(names, parts, strict=True)
+            f"{name} ({more(part[0])})" if often[name] > 1 else name for name, part in zip(names, runs, strict=True)
         ]
     return names
 
 
-def unscored(scores: pd.DataFrame) -> pd.DataFrame:
+def unscored(rows: pd.DataFrame | Parts) -> pd.DataFrame:
     """Maps without a score, where there are any: order, method, status, stage_index, stage, count, maps.
 
     A map is one image under one seed; count of `maps` at that stage were of that status, whatever the similarity.
     """
+    if isinstance(rows, Parts):
+        found = [unscored(part) for part in rows]
+        return pd.concat([part for part in found if len(part)] or found[:1], ignore_index=True)
     by = ["order", "method", "stage_index", "stage"]
-    each = scores.drop_duplicates([*by, "seed", "image", "status"])
-    all_maps = scores.drop_duplicates([*by, "seed", "image"]).groupby(by, sort=False).size().rename("maps")
+    each = rows.drop_duplicates([*by, "seed", "image", "status"])
+    all_maps = rows.drop_duplicates([*by, "seed", "image"]).groupby(by, sort=False).size().rename("maps")
     bad = each[each["status"] != "ok"].groupby([*by, "status"], sort=False).size().rename("count").reset_index()
     return bad.merge(all_maps, on=by)[["order", "method", "status", "stage_index", "stage", "count", "maps"]]
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from sanity.report.looks import SYMBOLS, named, plural
 from sanity.report.manifest import RULE, citations, facts, notes, provenance, rerun
-from sanity.report.runs import StoredRun, differences, gist, leaderboard, ranked, unscored
+from sanity.report.runs import StoredRun, differences, gist, leaderboard, ranked
 from sanity.summary import to_csv, to_markdown
 
 TITLE = "Sanity checks of saliency maps"
@@ -70,7 +70,7 @@ def _run(run: StoredRun, board: pd.DataFrame, base: Path) -> list[str]:
         folded("What was run", pipes(["", ""], facts(run.header, run.scores) + provenance(run.header))),
         folded("Verdicts and reasons", reasons(board)) if len(board) else "",
         folded("Similarity at every stage", re.sub("(?m)^## ", "#### ", to_markdown(run.summary))),
-        folded("Maps without a score", lacking(run.scores)) if (run.scores["status"] != "ok").any() else "",
+        folded("Maps without a score", lacking(run.unscored)) if len(run.unscored) else "",
         folded("Figures", _figures(run.folder, base)) if (run.folder / "figures").is_dir() else "",
         folded("How to run it again", f"```sh\n{rerun(run.header)}\n```") if run.plan else "",
     ]
@@ -89,11 +89,11 @@ def reasons(board: pd.DataFrame) -> str:
     return pipes(columns, lines)
 
 
-def lacking(scores: pd.DataFrame) -> str:
-    """Maps without a score, counted by stage."""
+def lacking(unscored: pd.DataFrame) -> str:
+    """Maps without a score, counted by stage: rows of `runs.unscored`."""
     lines = (
         [order, named(method), stage, f"{count} of {plural(maps, 'map')}", status]
-        for order, method, status, _, stage, count, maps in unscored(scores).itertuples(index=False, name=None)
+        for order, method, status, _, stage, count, maps in unscored.itertuples(index=False, name=None)
     )
     return pipes(["order", "method", "stage", "without a score", "why"], lines)
 

@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from sanity.parts import images_in
 from sanity.records import Prediction, read_rows
 from sanity.report import strips
 from sanity.report.figures import explained
 from sanity.report.looks import REACH, WORDS
 from sanity.report.manifest import facts, notes, provenance, rerun
-from sanity.report.runs import StoredRun, gist, ranked, unscored
+from sanity.report.runs import StoredRun, gist, ranked
 from sanity.report.strips import Maps, Stored, coloured, lack, shrunk, unsigned
 
 SIDE = 96
@@ -60,14 +61,14 @@ def view(number: int, run: StoredRun, board: pd.DataFrame, kept: int) -> dict[st
         "verdicts": list(board.itertuples()),
         "charts": list(_charts(run)),
         "strips": list(_strips(run)),
-        "unscored": list(unscored(run.scores).rename(columns={"count": "lacking"}).itertuples()),
+        "unscored": list(run.unscored.rename(columns={"count": "lacking"}).itertuples()),
         "untouched": run.header.get("untouched_parameters"),
         "unchanged": run.header.get("unchanged_parameters"),
         "stages": run.header.get("stages") or {},
         "manifest": json.dumps(run.header, indent=1, ensure_ascii=False),
         "rerun": rerun(run.header),
         "kept": kept,
-        "images": run.scores["image"].nunique(),
+        "images": images_in(run.scores),
     }
 
 
