@@ -358,7 +358,8 @@ def test_ctrl_c_ends_cleanly_and_another_engine_goes_on(place: Path) -> None:
     finished = start("out", "--resume")
     until(lambda: blocks("out") > len(kept) or finished.poll() is not None)
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items() if path.exists())
-    assert finished.wait(DEADLINE) == 0, finished.communicate()
+    said, err = finished.communicate(timeout=DEADLINE)
+    assert finished.returncode == 0, said + err
     assert_same("embedded", "out")
 
 
