@@ -1,0 +1,106 @@
+"""What the speed benchmarks share: the networks they time, interleaved repetitions, tables beside a manifest."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sanity  # noqa: F401  (before torch: it sets how OpenMP waits)
+
+# isort: split
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from sanity import images, models
+from sanity.command import Clock, environment
+from sanity.images import Images
+from sanity.models import Classifier
+from sanity.records import write_json
+from sanity.stages import Stage, derived, grouped, written_out
+
+RESULTS = Path(__file__).parents[1] / "results" / "benchmarks"
+
+
+def network(name: str, weights: str, limit: int) -> tuple[Classifier, Images]:
+    """A model with weights (FILE, pretrained or random), and bundled photographs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return models.load(name, weights), images.find("bundled", limit=limit)
+
+
+def stages_of(classifier: Classifier, example: torch.Tensor, number: int | None) -> tuple[Stage, ...]:
+    """All stages, or as many groups of neighbours."""
+    found = (
+        written_out(classifier.network, classifier.stages)
+        if classifier.stages
+        else derived(classifier.network, example)
+    )
+    return found if number is None else grouped(found, number)
+
+
+def interleaved(contenders: Mapping[str, Callable[[], object]], repeats: int) -> pd.DataFrame:
+    """Wall and processor seconds of each contender, A B C A B C ...: rows of contender, repeat, wall, cpu."""
+    rows = []
+    with tqdm(total=repeats * len(contenders), unit="run") as bar:
+        for repeat in range(repeats):
+            for name, contender in contenders.items():
+                bar.set_description(name)
+                wall, cpu = time.perf_counter(), time.process_time()
+                contender()
+                rows.append(
+                    {
+                        "contender": name,
+                        "repeat": repeat,
+                        "wall": time.perf_counter() - wall,
+                        "cpu": time.process_time() - cpu,
+                    }
+                )
+                bar.update()
+    return pd.DataFrame(rows)
+
+
+def peak_memory() -> float:
+    """Largest resident set of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[int], object]]:
+    """A bar of network evaluations."""
+    with tqdm(unit=" evaluations", unit_scale=True, leave=False, mininterval=1) as bar:
+        yield bar.update
+
+
+def publish(name: str, tables: Mapping[str, pd.DataFrame], words: Sequence[str], clock: Clock, **more: Any) -> None:
+    """Write results/benchmarks/NAME/: a CSV a table, table.md with the words, run.json; and print it."""
+    folder = RESULTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [f"# {name}", *words]
+    for title, table in tables.items():
+        table.to_csv(folder / f"{title}.csv", index=False, float_format="%.6g")
+        parts += [f"## {title}", markdown(table)]
+    text = "\n\n".join(parts) + "\n"
+    (folder / "table.md").write_text(text)
+    command = " ".join(["python", *sys.argv])
+    manifest = {"command": command, "threads": torch.get_num_threads(), **more, **clock.stamp(), **environment()}
+    write_json(folder / "run.json", manifest)
+    print(text)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A Markdown table, numbers to four digits."""
+
+    def cell(value: object) -> str:
+        if isinstance(value, float):
+            return "" if pd.isna(value) else f"{value:.4g}"
+        return str(value)
+
+    head = [str(column) for column in table.columns]
+    body = [[cell(value) for value in row] for row in table.itertuples(index=False, name=None)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
