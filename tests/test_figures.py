@@ -355,7 +355,7 @@ def test_what_cannot_be_drawn_is_one_clear_error(run_folder):
     scores.iloc[:0].to_parquet(run_folder / "scores.parquet")
     with pytest.raises(ValueError, match=r"scores of one model expected, found \[\]"):
         draw(run_folder)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"scores\.parquet: there is no such file"):
         draw(run_folder / "nowhere")
 
 

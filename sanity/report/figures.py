@@ -32,8 +32,8 @@ def draw(
 
     Reads scores.parquet and run.json, and strips.npz and predictions.parquet where they are there (no
     strips.npz, no strips). summary: of its scores, if it is known already. on_progress(done, total) is called
-    after each figure. Raises OSError if a file cannot be read or written, ValueError if the scores are empty
-    or of several models.
+    after each figure. Raises OSError if a figure cannot be written, ValueError if the run cannot be read or its
+    scores are empty or of several models.
     """
     rows = parts.scores(run_folder)
     scores = parts.looked_at(rows)
