@@ -299,6 +299,8 @@ def spread(
             if setting.verbose:
                 for line in told(read_packed(packet.files)):
                     tqdm.write(line)
+    if ledger.failures and not folder.blocks():
+        raise ValueError(f"every cell failed {ledger.attempts} times: {ledger.failures[0].reason}")
     return of_crew(crew)
 
 

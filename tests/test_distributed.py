@@ -275,6 +275,18 @@ def test_a_cell_that_always_fails_is_given_up_and_told_while_the_others_finish(
     pd.testing.assert_frame_equal(pd.read_parquet("spread/scores.parquet"), rows)
 
 
+@pytest.mark.slow
+def test_a_run_without_a_single_row_is_one_line(
+    place: Path, machines: Callable[..., Machines], capsys: pytest.CaptureFixture[str]
+) -> None:
+    blacken(place)
+    choking = plan("gradient", "tests.test_distributed:refusing", seeds=1)
+    choking[choking.index("photos")] = "photos/photo9.png"
+    assert main([*choking, "--output", "spread", *machines(1).flags()]) == 2
+    assert "every cell failed 3 times: ValueError: the black picture is bad" in capsys.readouterr().err
+    assert manifest("spread")["status"] == "running"
+
+
 def start(output: str, *more: str) -> subprocess.Popen[str]:
     # A test run in the background of a shell inherits an ignored SIGINT; a person's terminal does not.
     program = """
