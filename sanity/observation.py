@@ -27,6 +27,10 @@ PANEL = 112
 CHUNK = 8
 """Images explained together through all stages: memory does not grow with the number of images."""
 
+BLOCK, LEAST_BLOCK = 4000, 4
+"""Evaluations after which steps are handed on, so that an interrupted run loses minutes at most; and the fewest steps
+explained together all the same, since a block evaluates the trained network once more for itself."""
+
 Descriptions = Mapping[tuple[str, str], Description]
 """(method, similarity) -> what is kept of a batch's maps."""
 
@@ -101,7 +105,8 @@ def look_through(
 
     As many steps as memory allows are explained together, so that what they have in common is evaluated once.
     """
-    whole = engine.capacity(trained.inputs)
+    evaluations = engine.cost * len(trained.inputs.ids)
+    whole = min(engine.capacity(trained.inputs), max(LEAST_BLOCK, BLOCK // max(1, evaluations)))
     for start in range(0, len(pending), whole):
         block = pending[start : start + whole]
         states = [_state(plan, network, walk, trained, key) for key in block]
