@@ -226,7 +226,7 @@ def _picture(name: str, path: Path) -> Picture:
 
 
 def carried(images: Images) -> Images:
-    """The same pictures, with the bytes of their files in them, for a process that cannot see the files.
+    """The same pictures, with the bytes of their files, or pixels of their own, in them: to be sent elsewhere.
 
     OSError if a file can no longer be read.
     """
@@ -238,6 +238,10 @@ def _carried(picture: Picture) -> Picture:
     if isinstance(opens, partial) and opens.func is _open:
         (path,) = opens.args
         return replace(picture, open=partial(_decoded, path, path.read_bytes()))
+    if picture.pixels is not None:
+        # A view would take the whole set's storage with it.
+        pixels = picture.pixels.clone()
+        return replace(picture, pixels=pixels, open=partial(_shown, pixels))
     return picture
 
 

@@ -118,3 +118,11 @@ def test_pictures_travel_in_their_bytes(tmp_path: Path) -> None:
     assert sent.pictures[0].open().getpixel((0, 0)) == (200, 100, 50)
     with pytest.raises(FileNotFoundError):
         images.carried(found)
+
+
+def test_tensors_travel_without_their_neighbours(pictures: Tensor) -> None:
+    whole = images.tensors(pictures.repeat(100, 1, 1, 1))
+    part = Images("part", whole.pictures[:2])
+    sent = pickle.dumps(images.carried(part))
+    assert len(sent) < len(pickle.dumps(part)) / 20
+    assert all((a.pixels == b.pixels).all() for a, b in zip(pickle.loads(sent).pictures, part.pictures, strict=True))
