@@ -14,6 +14,7 @@ figure: maps without freezing in the top row, with freezing in the bottom row. W
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -28,9 +29,10 @@ from torch import Tensor
 
 from sanity import attributions, images, maps, models
 from sanity.attributions import Inputs
+from sanity.attributions.rectifiers import Rectifying, threshold
 from sanity.command import Clock, environment
 from sanity.engine import Engine, predict
-from sanity.randomization import guarded
+from sanity.randomization import Draws, guarded, randomized, reinitialiser
 from sanity.records import read_rows, read_unrelated, write_json
 from sanity.summary import verdicts
 
@@ -40,6 +42,7 @@ TITLES = {
     "integrated_gradients": "Integrated Gradients", "smoothgrad": "SmoothGrad", "deeplift": "DeepLIFT",
 }  # fmt: skip
 RESAMPLES = 2000
+P = 80.0
 
 
 def differences(scores: pd.DataFrame) -> pd.DataFrame:
@@ -68,14 +71,48 @@ def differences(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def answers(run: Path) -> pd.DataFrame:
-    """Verdict of each method without and with freezing, by order."""
+    """Verdict of each method without -> with freezing: a row a method and order, a column a similarity."""
     judged = verdicts(read_rows(run / "scores.parquet"), read_unrelated(run))
-    wide = judged.pivot_table(index=["method", "order"], values="verdict", aggfunc="first")["verdict"]
-    rows = [
-        {"method": TITLES[m], "order": o, "plain": wide.get((m, o)), "frozen": wide.get((f"frozen:{m}", o))}
-        for o in judged["order"].unique()
-        for m in TITLES
-    ]
+    said = judged.set_index(["method", "order", "similarity"])["verdict"]
+    return pd.DataFrame(
+        {"method": title, "order": order}
+        | {s: f"{said[m, order, s]} -> {said[f'frozen:{m}', order, s]}" for s in judged["similarity"].unique()}
+        for order in judged["order"].unique()
+        for m, title in TITLES.items()
+    )
+
+
+def clipped(model: str, weights: str) -> pd.DataFrame:
+    """By stage of a cascade, at one bundled photograph: of the units that freezing leaves live, how many are clipped.
+
+    The largest share of any one rectifier: where it is 1, no gradient passes and the map is constant.
+    """
+    classifier, pictures = measuring.network(model, weights, 1)
+    pixels = pictures.load(classifier.preprocess)
+    stages = measuring.stages_of(classifier, pixels, None)
+    rows = []
+
+    def shares(found: list[float]) -> Rectifying:
+        def keep(z: Tensor, rectify: Callable[[Tensor], Tensor]) -> Tensor:
+            output = rectify(z)
+            live = (output >= threshold(output, P)) & (output > 0)
+            # A unit is clipped where its input is larger than its output.
+            found.append(float((z > output)[live].double().mean()) if live.any() else 0.0)
+            return output
+
+        return Rectifying(keep, spare=True)
+
+    draws = Draws(reinitialiser("variance_scaling"))
+    with (
+        torch.no_grad(),
+        guarded(classifier.network),
+        randomized(classifier.network, stages, "cascading", 0, draws) as walk,
+    ):
+        for visit in walk:
+            found: list[float] = []
+            with shares(found):
+                classifier.network(pixels)
+            rows.append({"stage": visit.stage.name, "largest share of live units clipped": max(found)})
     return pd.DataFrame(rows)
 
 
@@ -125,12 +162,18 @@ def main() -> None:
     if options.weights:
         figure("inception_v3", options.weights, options.image, options.samples, options.output / "inception_v3.png")
     parts = ["# Does activation freezing pass the sanity check?"]
+    table = clipped("efficientnet_lite0", "pretrained")
+    parts += [
+        "EfficientNet-Lite0 rectifies by clipping to [0, 6]. Freezing keeps the strongest fifth of a layer live; where "
+        "all of it lies in the clip, no gradient passes, and the map is constant (no score). Seen at one photograph:",
+        measuring.markdown(table),
+    ]
     for run in sorted(path.parent for path in options.output.glob("*/scores.parquet")):
         table = differences(read_rows(run / "scores.parquet"))
         table.to_csv(options.output / f"{run.name}_differences.csv", index=False, float_format="%.4f")
         last = table[table.stage_index == table.groupby("order")["stage_index"].transform("max")]
         first = table[table.stage_index == 1]
-        parts += [f"## {run.name}", "### Verdicts", measuring.markdown(answers(run))]
+        parts += [f"## {run.name}", "### Verdicts, plain -> frozen", measuring.markdown(answers(run))]
         for title, part in (("the first stage (logits) alone", first), ("all stages", last)):
             part = part[part.similarity.isin(["spearman_abs", "ssim"])]
             parts += [
