@@ -31,7 +31,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from PIL import Image
-from published import cells, inception
+from published import STAGES, cells, inception
 
 from sanity import plan
 from sanity import run as sanity_run
@@ -39,6 +39,7 @@ from sanity.command import Clock, environment
 from sanity.experiment import PRESET, Training
 from sanity.records import read_rows, write_json
 from sanity.report.curves import plot
+from sanity.report.looks import looks
 from sanity.summary import summarize
 from sanity.training import DATASETS, find_folder
 
@@ -184,14 +185,24 @@ def drawn(every: dict[str, pd.DataFrame], path: Path) -> None:
         summary = summarize(rows)
         for row, similarity in enumerate(similarities):
             plot(grid[row, column], summary, "cascading", similarity, size=7.5)
+            if not row:
+                crossed(grid[row, column], rows)
             grid[row, column].set_title(f"{name}, {'foreground only' if row else 'all pixels'}", fontsize=9)
     grid[0, 0].set_ylabel("absolute rank correlation")
     grid[1, 0].set_ylabel("absolute rank correlation")
     handles, labels = max((axis.get_legend_handles_labels() for axis in grid.flat), key=lambda pair: len(pair[1]))
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, 2 * len(every)), fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     shrunk(path)
+
+
+def crossed(axis: plt.Axes, rows: pd.DataFrame) -> None:
+    """Mark the published means of a cascade, each in its method's colour."""
+    found = compared(rows).query("order == 'cascading'")
+    colours = looks(rows["method"].unique())
+    for cell in found.itertuples():
+        axis.plot(1 + STAGES.index(cell.stage), cell.published, "x", color=colours[cell.method].colour, markersize=7)
 
 
 def shrunk(path: Path) -> None:

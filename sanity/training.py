@@ -98,12 +98,20 @@ GOALS = {
 }
 """Test accuracy with true labels; with permuted ones the goal is MEMORISED, of the training images."""
 FAST: Mapping[tuple[str, str], Mapping[str, Any]] = {
-    ("cnn", "true"): {"epochs": 8, "batch_size": 64, "learning_rate": 5e-4, "schedule": "cosine"},
+    # The decay is the released code's: it wipes out what is left of the first weights, which would otherwise be most
+    # of the gradient's map.
+    ("cnn", "true"): {
+        "epochs": 10,
+        "batch_size": 64,
+        "learning_rate": 1e-3,
+        "schedule": "cosine",
+        "weight_decay": 1e-3,
+    },
     ("mlp", "true"): {"epochs": 20, "batch_size": 128, "learning_rate": 5e-4, "schedule": "cosine"},
     ("cnn", "permuted"): {"epochs": 50, "batch_size": 100, "learning_rate": 2e-4, "schedule": "linear"},
     ("mlp", "permuted"): {"epochs": 30, "batch_size": 128, "learning_rate": 3e-4, "schedule": "linear"},
 }
-"""What was measured to reach the goals soon on a processor, with bfloat16."""
+"""What went up fastest of what was tried on a processor, with bfloat16."""
 
 
 def recipe(data: str, model: str, labels: str = "true", published: bool = False, **changes: Any) -> Recipe:
