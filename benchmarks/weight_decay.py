@@ -4,7 +4,8 @@
     python benchmarks/weight_decay.py DIR/model.safetensors
 
 Goes on training a network for some hundred steps, with and without the released code's decay, and randomizes each in a
-cascade: what further steps alone change, and what the decay changes beside them. Writes results/benchmarks/weight_decay/: table.csv, table.md, manifest.json. Three minutes on one core.
+cascade: what further steps alone change, and what the decay changes beside them. Writes
+results/benchmarks/weight_decay/: table.csv, table.md, manifest.json. Three minutes on one core.
 """
 
 from __future__ import annotations

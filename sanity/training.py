@@ -98,8 +98,8 @@ GOALS = {
 }
 """Test accuracy with true labels; with permuted ones the goal is MEMORISED, of the training images."""
 FAST: Mapping[tuple[str, str], Mapping[str, Any]] = {
-    # The decay is the released code's: it wipes out what is left of the first weights, which would otherwise be most
-    # of the gradient's map.
+    # The decay is the released code's. Without it the first weights stay: fc1's deviation is .09 of .1 at the goal,
+    # with it .02, and the maps lose much of their noise.
     ("cnn", "true"): {
         "epochs": 10,
         "batch_size": 64,
