@@ -67,7 +67,7 @@ def measured(weights: Path, data: DataSet, steps: int) -> pd.DataFrame:
     parts = []
     for words, decay, number in (("as trained", 0.0, 0), ("without decay", 0.0, steps), ("with decay", DECAY, steps)):
         network = gone_on(weights, data, decay, number)
-        deviation = float(network.get_parameter("fc1.weight").std())
+        deviation = float(network.get_parameter("fc1.weight").detach().std())
         about = {
             "network": f"{words}, {number} steps more",
             "test": accuracy(network, data.test),
