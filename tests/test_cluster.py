@@ -26,9 +26,7 @@ from sanity.cluster import Cluster, Node, reached, room, threads_of
         ([], 2, 0, 1),
     ],
 )
-def test_cores_are_divided_among_the_workers(
-    nodes: list[Node], workers: int | None, gpus: float, threads: int
-) -> None:
+def test_cores_are_divided_among_the_workers(nodes: list[Node], workers: int | None, gpus: float, threads: int) -> None:
     assert threads_of(nodes, workers, gpus) == threads
 
 
