@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from sanity.attributions.base import (
 )
 from sanity.attributions.gradients import PIXELS
 from sanity.folding import Folded, foldable
+from sanity.lanes import Lanes
 from sanity.memory import CANDIDATES, available, bytes_of, fastest, in_parts, tried
 from sanity.reuse import CannotReuseError, Recording, Replaying
 
@@ -34,6 +36,9 @@ SWEEP_BYTES = 3 * 2**29
 """States of the network are explained together while their sums and maps take up to this much memory."""
 WORTH = 0.05
 """A state is run as a whole where less than this share of the network's calls could be reused."""
+
+
+ALONE = Lanes()
 
 
 class State(NamedTuple):
@@ -80,7 +85,8 @@ class Engine:
     batch_size is the number of network evaluations taken at a time; results do not depend on it beyond
     rounding, because each image's points are combined in a fixed order in float64. With fold, gradients are
     taken through BatchNorms folded into the convolutions before them; with reuse, a sweep through several
-    states of the network repeats nothing that comes before the first changed parameter.
+    states of the network repeats nothing that comes before the first changed parameter. lanes: micro-batches taken
+    side by side, for networks whose forward pass keeps nothing in the network.
     on_progress(evaluations) is told after each step how many evaluations an image were done.
     """
 
@@ -91,11 +97,12 @@ class Engine:
         on_progress: Callable[[int], object] = lambda evaluations: None,
         fold: bool = True,
         reuse: bool = True,
+        lanes: Lanes = ALONE,
     ) -> None:
         self.methods = methods
         self.batch_size = batch_size
         self.on_progress = on_progress
-        self.fold, self.reuse = fold, reuse
+        self.fold, self.reuse, self.lanes = fold, reuse, lanes
         self._folds: dict[nn.Module, Folded] = {}
         self._points: dict[tuple[Point, str, int], Tensor] = {}
         self._chunk: tuple[str, ...] = ()
@@ -109,7 +116,7 @@ class Engine:
     def fresh(self) -> Engine:
         """An engine for those methods only that draw anew at every occasion."""
         methods = [method for method in self.methods if method.fresh]
-        return Engine(methods, self.batch_size, self.on_progress, self.fold, self.reuse)
+        return Engine(methods, self.batch_size, self.on_progress, self.fold, self.reuse, self.lanes)
 
     def capacity(self, inputs: Inputs) -> int:
         """Number of states to be swept through together, so that their sums and maps fit into SWEEP_BYTES."""
@@ -171,11 +178,27 @@ class Engine:
             n, _, height, width = part.pixels.shape
             if maps.ndim != 4 or (len(maps), *maps.shape[2:]) != (n, height, width):
                 raise ValueError(f"method {method.name!r} gave {tuple(maps.shape)} for {tuple(part.pixels.shape)}")
-            self.on_progress(method.cost * n)
             return maps.to(part.pixels)
 
-        parts, self.batch_size = in_parts(explain, len(inputs.ids), self.batch_size)
-        return torch.cat(parts)
+        def lane(cut: slice) -> list[Tensor]:
+            whole = cut.stop - cut.start
+            parts, size = in_parts(lambda p: explain(slice(cut.start + p.start, cut.start + p.stop)), whole, whole)
+            if size < whole:
+                self.batch_size = size
+            return parts
+
+        # Only what looks at the logits alone leaves the network's modules as they are for the other lanes.
+        count, lanes = len(inputs.ids), self.lanes if method.folds else ALONE
+        found: list[Tensor] = []
+        start = 0
+        while start < count:
+            size = min(self.batch_size, math.ceil((count - start) / lanes.count))
+            edges = [min(start + size * k, count) for k in range(lanes.count + 1)]
+            for parts in lanes.map(lane, [slice(a, b) for a, b in pairwise(edges) if a < b]):
+                found += parts
+            self.on_progress(method.cost * (edges[-1] - start))
+            start = edges[-1]
+        return torch.cat(found)
 
     def _gradients(self, network: nn.Module, points: Tensor, inputs: Inputs, rule: Rule) -> tuple[Tensor, Tensor]:
         """`gradients` of a micro-batch as a whole, or in parts if memory does not suffice."""
@@ -204,34 +227,21 @@ class Engine:
         # States in which too little could be reused are run as a whole.
         sharing = [self.reuse and rule.replayable and len(states) > 1 for _ in states]
         work = ((n, point) for n in range(len(inputs.ids)) for point in users)
-        while batch := list(islice(work, self.batch_size)):
-            points = torch.stack([self._at(point, inputs, n) for n, point in batch])
-            owners = [n for n, _ in batch]
-            recording = None
+        while group := self._group(work, inputs):
             if any(sharing):
                 trained()
-                points.requires_grad_()
-                recording = tried(partial(record, network, points, inputs.pixels[owners], rule))
-                if recording is None:
-                    sharing = [False for _ in states]
+                self.lanes.map(lambda batch: batch.record(network, inputs, rule), group)
             for s, state in enumerate(states):
                 state.enter()
-                mates = Inputs(
-                    inputs.pixels[owners], state.inputs.targets[owners], tuple(inputs.ids[n] for n in owners)
-                )
-                answer = None
-                if recording is not None and sharing[s]:
-                    answer = self._again(network, points, mates, rule, recording)
-                    sharing[s] = answer is not None and recording.shares[-1] >= WORTH
-                    if answer is None:
-                        recording, sharing = None, [False for _ in states]
-                found, logits = answer or self._gradients(network, points.detach(), mates, rule)
-                for (n, point), gradient, row in zip(batch, found, logits, strict=True):
-                    if rule is PLAIN and point in PIXELS:
-                        said[s][n] = row
-                    for method in users[point]:
-                        sums[s][method.name].add(n, point, gradient, inputs)
-                self.on_progress(len(batch))
+                evaluate = partial(self._evaluate, network, state.inputs, rule, sharing[s])
+                for batch, (found, logits) in zip(group, self.lanes.map(evaluate, group), strict=True):
+                    for (n, point), gradient, row in zip(batch.work, found, logits, strict=True):
+                        if rule is PLAIN and point in PIXELS:
+                            said[s][n] = row
+                        for method in users[point]:
+                            sums[s][method.name].add(n, point, gradient, inputs)
+                    self.on_progress(len(batch.work))
+                sharing[s] = sharing[s] and all(batch.share >= WORTH for batch in group)
         return [
             Answer(
                 {name: one.map(state.inputs) for name, one in sums[s].items()},
@@ -240,14 +250,24 @@ class Engine:
             for s, state in enumerate(states)
         ]
 
-    def _again(
-        self, network: nn.Module, points: Tensor, inputs: Inputs, rule: Rule, recording: Recording
-    ) -> tuple[Tensor, Tensor] | None:
-        """`gradients` with what is kept of the trained pass, or None if that cannot be, or memory does not suffice."""
-        try:
-            return tried(partial(gradients, network, points, inputs.pixels, inputs.targets, rule, recording))
-        except CannotReuseError:
-            return None
+    def _group(self, work: Iterator[tuple[int, Point]], inputs: Inputs) -> list[_Batch]:
+        """The next micro-batches, one a lane."""
+        group = []
+        for _ in range(self.lanes.count):
+            if batch := list(islice(work, self.batch_size)):
+                group.append(_Batch(batch, torch.stack([self._at(point, inputs, n) for n, point in batch])))
+        return group
+
+    def _evaluate(
+        self, network: nn.Module, inputs: Inputs, rule: Rule, reuse: bool, batch: _Batch
+    ) -> tuple[Tensor, Tensor]:
+        """`gradients` of one micro-batch, with what is kept of the trained pass where that can be."""
+        mates = batch.mates(inputs)
+        if reuse and batch.recording is not None:
+            answer = batch.again(network, mates, rule)
+            if answer is not None:
+                return answer
+        return self._gradients(network, batch.points.detach(), mates, rule)
 
     def _at(self, point: Point, inputs: Inputs, n: int) -> Tensor:
         key = (point, inputs.ids[n], inputs.seed)
@@ -265,6 +285,43 @@ def record(network: nn.Module, points: Tensor, images: Tensor, rule: Rule) -> Re
     with torch.enable_grad(), rule.context(network, points, images), recording:
         logits_of(network, points)
     return recording
+
+
+@dataclass
+class _Batch:
+    """A micro-batch: (image, point) one by one, the points (N, C, H, W), and what is kept of the trained pass.
+
+    share: of the calls kept, how many the last state could reuse.
+    """
+
+    work: list[tuple[int, Point]]
+    points: Tensor
+    recording: Recording | None = None
+    share: float = 0.0
+
+    def mates(self, inputs: Inputs) -> Inputs:
+        """The images that the points belong to, one a point."""
+        owners = [n for n, _ in self.work]
+        return Inputs(inputs.pixels[owners], inputs.targets[owners], tuple(inputs.ids[n] for n in owners))
+
+    def record(self, network: nn.Module, inputs: Inputs, rule: Rule) -> None:
+        """Keep the forward pass, if memory suffices."""
+        self.points.requires_grad_()
+        self.recording = tried(partial(record, network, self.points, self.mates(inputs).pixels, rule))
+
+    def again(self, network: nn.Module, mates: Inputs, rule: Rule) -> tuple[Tensor, Tensor] | None:
+        """`gradients` by the kept pass, or None, from then on, if that cannot be or memory does not suffice."""
+        assert self.recording is not None
+        self.share = 0.0
+        try:
+            found = tried(partial(gradients, network, self.points, mates.pixels, mates.targets, rule, self.recording))
+        except CannotReuseError:
+            found = None
+        if found is None:
+            self.recording = None
+        else:
+            self.share = self.recording.shares[-1]
+        return found
 
 
 class _Sums:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 import torch
@@ -100,10 +101,12 @@ class _Weights:
     def __init__(self) -> None:
         self._kept: dict[tuple[tuple[int, int] | None, ...], tuple[list[Tensor | None], tuple[Tensor, Tensor]]] = {}
         self._bytes = 0
+        self._lock = Lock()
 
     def of(self, weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
         """Weight and bias of the folded convolution, the very same tensors whenever the sources are."""
-        with torch._C.DisableTorchFunction():
+        # One thread folds: another would make tensors of its own, and what was kept of them could not be reused.
+        with self._lock, torch._C.DisableTorchFunction():
             names = ("running_mean", "running_var", "weight", "bias")
             sources = [weight, bias, *(getattr(norm, name) for name in names)]
             key = tuple(None if one is None else (one.data_ptr(), one._version) for one in sources)

@@ -87,7 +87,8 @@ class Classifier:
     """A network ready to be explained.
 
     weights says in words where they come from ("untrained: ..." if random); stages are empty where they
-    must be derived from execution; trained is False for random weights.
+    must be derived from execution; trained is False for random weights. reentrant: its forward pass keeps nothing
+    in the network, so that several threads may run it at once.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Classifier:
     weights_sha256: str
     trained: bool = True
     stages: Members = field(default_factory=dict)
+    reentrant: bool = False
 
     def squashing(self) -> Classifier:
         """The same classifier on whole pictures, squashed. Raises ValueError if its preprocessing is its own."""
@@ -391,7 +393,7 @@ def _classifier(
     names = tuple(_enum("resnet50").meta["categories"]) if classes == 1000 else ()
     return Classifier(
         architecture.name, network, architecture.preprocessing, names, origin, sha256, trained,
-        architecture.stages,
+        architecture.stages, reentrant=True,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -18,6 +19,7 @@ from sanity import models
 from sanity.attributions import Explainer, Method
 from sanity.engine import Engine, best_batch, predict
 from sanity.images import Images
+from sanity.lanes import Lanes, suited
 from sanity.models import Classifier
 from sanity.observation import (
     CHUNK,
@@ -56,9 +58,9 @@ def run(
     given what the trained network shows of each chunk that is looked at.
     """
     network = classifier.network
-    engine = Engine(plan.explainers(), batch_size, on_progress)
     sources = draws_of(plan)
-    with working(network, plan, device):
+    with working(network, plan, device), closing(Lanes(suited(device, classifier.reentrant))) as lanes:
+        engine = Engine(plan.explainers(), batch_size, on_progress, lanes=lanes)
         for number, chunk in enumerate(images.chunks(CHUNK)):
             if done.issuperset(keys(plan, stages, number)):
                 continue

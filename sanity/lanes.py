@@ -1,0 +1,53 @@
+"""Micro-batches side by side: one thread each on a processor, where many threads to one small layer only wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+MOST = 8
+"""More lanes than this give each more than one thread: every lane keeps activations of its own."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Lanes:
+    """`map` over a few things at once, each in a thread with its share of the processor's threads."""
+
+    def __init__(self, count: int = 1) -> None:
+        self.count = max(1, count)
+        self._pool: ThreadPoolExecutor | None = None
+
+    def map(self, function: Callable[[T], R], things: Sequence[T]) -> list[R]:
+        """`[function(thing) for thing in things]`; raises the first error."""
+        if self.count == 1 or len(things) == 1:
+            return [function(thing) for thing in things]
+        if self._pool is None:
+            self._pool = _pool(self.count)
+        return list(self._pool.map(function, things))
+
+    def close(self) -> None:
+        """Let the threads go."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+
+def _pool(count: int) -> ThreadPoolExecutor:
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, "sanity-lane", lambda: torch.set_num_threads(max(1, threads // count)))
+    for started in [pool.submit(torch.get_num_threads) for _ in range(count)]:
+        started.result()
+    # What a thread sets holds for it alone and for threads yet to come: the caller's stays as it was.
+    torch.set_num_threads(threads)
+    return pool
+
+
+def suited(device: torch.device | str, reentrant: bool) -> int:
+    """Number of lanes for a network on a device; one where its forward pass might keep something in the network."""
+    on_processor = torch.device(device).type == "cpu"
+    return min(MOST, torch.get_num_threads()) if on_processor and reentrant else 1
