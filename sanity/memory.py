@@ -11,8 +11,8 @@ from torch import Tensor
 
 SHARE = 0.5
 """Of the memory that is free, how much the activations of one micro-batch may take."""
-CANDIDATES = {"cpu": (4, 8, 16), "cuda": (16, 32, 64, 128, 256)}
-"""On a processor, less than 4 or more than 16 evaluations at a time were never faster; see `fastest`."""
+CANDIDATES = {"cpu": (4, 8, 16, 32, 64), "cuda": (16, 32, 64, 128, 256)}
+"""Tried in this order until one is no faster: photographs take 4 to 16 at a time, 28x28 digits more."""
 GAIN = 0.03
 """A larger micro-batch must be faster than a smaller one by this much."""
 
@@ -94,8 +94,8 @@ def fastest(
 ) -> int:
     """The candidate whose step takes the least time an evaluation, of those that fit into memory.
 
-    step(n) makes n evaluations at once; the first round only warms up. A candidate that runs out of memory ends
-    the search. Returns at least 1: the smallest candidate halved, if not even that fits.
+    step(n) makes n evaluations at once; the first round only warms up. A candidate that is no faster than the one
+    before, or runs out of memory, ends the search. Returns at least 1: the smallest candidate halved, if not even that fits.
     """
     fitting = [n for n in candidates if n * bytes_each <= free * SHARE]
     if not fitting:
@@ -108,6 +108,7 @@ def fastest(
             if tried(lambda n=n: (step(n), True)) is None:  # type: ignore[misc]
                 return best
             times.append((time.perf_counter() - start) / n)
-        if min(times) < least * (1 - GAIN):
-            best, least = n, min(times)
+        if min(times) >= least * (1 - GAIN):
+            return best
+        best, least = n, min(times)
     return best
