@@ -95,7 +95,8 @@ def fastest(
     """The candidate whose step takes the least time an evaluation, of those that fit into memory.
 
     step(n) makes n evaluations at once; the first round only warms up. A candidate that is no faster than the one
-    before, or runs out of memory, ends the search. Returns at least 1: the smallest candidate halved, if not even that fits.
+    before, or runs out of memory, ends the search. Returns at least 1: the smallest candidate halved, if not even
+    that fits.
     """
     fitting = [n for n in candidates if n * bytes_each <= free * SHARE]
     if not fitting:

@@ -441,3 +441,18 @@ def test_a_mistake_is_one_clear_line_and_nothing_is_written(
 def test_the_folder_is_asked_for(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(SMALL) == 2
     assert "output" in capsys.readouterr().err
+
+
+def test_representativeness_over_levels_has_its_interval_over_images() -> None:
+    rows = [
+        (image, "gradient", "representativeness", level, "blur", value, "ok" if value is not None else "flat")
+        for image, values in {"a": (0.2, 0.4), "b": (0.6, None), "c": (None, None)}.items()
+        for level, value in zip((0.0, 0.5), values, strict=True)
+    ]
+    columns = ["image", "method", "evaluation", "level", "null", "value", "status"]
+    table = summarize(pd.DataFrame(rows, columns=columns).astype({"value": float}))
+    (over,) = table[table.evaluation == "representativeness_over_levels"].itertuples()
+    assert over.mean == pytest.approx((0.3 + 0.6) / 2)
+    assert (over.n, over.n_unscored, over.unscored) == (2, 1, "1 flat")
+    assert over.low <= over.mean <= over.high
+    assert len(table) == 3

@@ -18,6 +18,7 @@ from sanity.summary import generator, interval
 
 KEY = ["method", "evaluation", "null", "level"]
 COLUMNS = [*KEY, "mean", "low", "high", "n", "n_unscored", "unscored"]
+CURVED, OVER_LEVELS = "representativeness", "_over_levels"
 SHARES = ("pointing", "recovery")
 ALPHA = ("alpha: the larger, the more goes", "normalised score")
 EACH = "mean [95 % interval], images scored of all where not all are"
@@ -29,8 +30,10 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
 
     The interval is `summary.interval`'s bootstrap over images; for shares (0 or 1 an image) Wilson's, as no bootstrap
     sees doubt in ten hits of ten. n scored images; n_unscored, and `unscored` says why. Nothing scored: NaN.
+    Representativeness is told over all levels, too: an image's mean over those that have a score.
     """
     cells = []
+    rows = pd.concat([rows, _over_levels(rows[rows["evaluation"].str.startswith(CURVED)])])
     for key, group in rows.groupby(KEY, sort=False, dropna=False):
         group = group.sort_values("image")
         ok = group["status"] == "ok"
@@ -60,15 +63,13 @@ def tables(summary: pd.DataFrame) -> list[tuple[str, list[list[str]]]]:
     parts = [
         ("Smallest box that suppresses the class, pixels", "minimality", lambda r: f"{r.level:.0%}", "{:.0f}"),
         ("Area under the curve: deletion, small is good; insertion, large", "_area", _area, "{:.3f}"),
-        ("Representativeness: normalised score, mean over alphas", "representativeness", _null, "{:.2f}"),
+        ("Representativeness: normalised score, mean over alphas", OVER_LEVELS, _null, "{:.2f}"),
         ("Label as on the clean picture, most salient share blurred", "recovery", _share, "{:.2f}"),
         ("Pointing game: share of hits", "pointing", lambda r: "hits", "{:.2f}"),
     ]
     found = []
     for title, kind, column, form in parts:
         own = summary[summary["evaluation"].str.contains(kind, regex=False)]
-        if kind == "representativeness":
-            own = _over_alphas(own)
         if len(own):
             found.append((title, _grid(own, column, form)))
     return found
@@ -79,19 +80,26 @@ def _area(row: Any) -> str:
 
 
 def _null(row: Any) -> str:
-    return str(row.null) + (" (whole)" if row.evaluation.endswith("whole") else "")
+    return str(row.null) + (" (whole)" if "whole" in row.evaluation else "")
 
 
 def _share(row: Any) -> str:
     return f"{row.evaluation.removeprefix('recovery_')} {row.level:.0%}"
 
 
-def _over_alphas(own: pd.DataFrame) -> pd.DataFrame:
-    """A line a method and null; the interval is that of no mean over alphas, so none is given."""
-    means = own.groupby(["method", "evaluation", "null"], sort=False, as_index=False).agg(
-        mean=("mean", "mean"), n=("n", "min"), n_unscored=("n_unscored", "max")
+def _over_levels(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row an image, method, evaluation and null: the mean over levels; where none has a score, the first's reason."""
+    ok = rows["status"] == "ok"
+    keys = ["image", "method", "evaluation", "null"]
+    found = (
+        rows.assign(value=rows["value"].where(ok), status=rows["status"].where(~ok))
+        .groupby(keys, sort=False, as_index=False)
+        .agg(value=("value", "mean"), status=("status", "first"))
     )
-    return means.assign(level=np.nan, low=np.nan, high=np.nan)
+    scored = found["value"].notna()
+    return found.assign(
+        status=found["status"].where(~scored, "ok"), level=np.nan, evaluation=found["evaluation"] + OVER_LEVELS
+    )
 
 
 def _grid(own: pd.DataFrame, column: Any, form: str) -> list[list[str]]:
