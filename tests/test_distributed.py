@@ -176,11 +176,20 @@ def test_a_worker_killed_in_the_middle_of_a_cell_costs_nothing_but_time(
 ) -> None:
     two = machines(1, 1)
     slow = plan("smoothgrad", "tests.test_distributed:lingering", seeds=2)
-    killer = meanwhile(lambda: os.kill(until(lambda: blocks("spread") and workers_at_work())[0], signal.SIGKILL))
+    killed: list[int] = []
+
+    def kill() -> None:
+        victim = until(workers_at_work)[0]
+        os.kill(victim, signal.SIGKILL)
+        killed.append(victim)
+
+    killer = meanwhile(kill)
     assert main([*slow, "--output", "spread", *two.flags()]) == 0
     killer.join()
+    assert killed
     assert manifest("spread")["failures"] == []
-    assert hired("spread") == 3
+    # The one that takes its place is counted if it is up before the other has done all the rest.
+    assert hired("spread") in (2, 3)
     assert main([*slow, "--output", "embedded"]) == 0
     assert_same("embedded", "spread")
 
