@@ -354,10 +354,16 @@ def part_of(inputs: Inputs, start: int, stop: int) -> Inputs:
 
 
 def predict(network: nn.Module, pixels: Tensor, batch_size: int) -> Tensor:
-    """Logits (N, classes) of pixels (N, C, H, W), without gradients."""
+    """Logits (N, classes) of pixels (N, C, H, W), without gradients.
+
+    Raises ValueError for a network that writes to its input.
+    """
+    before = pixels._version
     with torch.no_grad():
         parts, _ = in_parts(lambda cut: logits_of(network, pixels[cut]), len(pixels), batch_size)
-        return torch.cat(parts)
+    if pixels._version != before:
+        raise ValueError("the network changes its input in place, so no two looks would see the same: let it copy")
+    return torch.cat(parts)
 
 
 def best_batch(network: nn.Module, example: Tensor) -> int:

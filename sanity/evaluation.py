@@ -79,6 +79,8 @@ class Settings:
         for name, low, high in (("radius", 0, 1000), ("curve_steps", 1, 10000), ("tolerance", 0, 10**6)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {getattr(self, name)}")
+        if not self.active:
+            raise ValueError("--evaluations pointing needs --boxes")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be a non-negative integer below 2^63, not {self.seed}")
 

@@ -22,7 +22,7 @@ from sanity.attributions.perturbation import MaskResult, optimise_mask
 from sanity.cli import HelpFormatter, parse
 from sanity.command import guarded_main
 from sanity.engine import Engine, predict
-from sanity.images import Picture
+from sanity.images import Images, Picture
 from sanity.models import Classifier
 from sanity.randomization import guarded
 from sanity.records import Array
@@ -65,7 +65,7 @@ def command(arguments: Sequence[str]) -> int:
     path = Path(values.image)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; sanity explain takes one picture")
-    (picture,) = images.folder(path).pictures
+    (picture,) = only(path).pictures
     method = find(values.method)
     classifier = models.load(values.model, values.weights)
     with guarded(classifier.network):
@@ -82,6 +82,15 @@ def command(arguments: Sequence[str]) -> int:
     return 0
 
 
+def only(path: Path) -> Images:
+    """One picture. Raises ValueError in one line if it cannot be read."""
+    try:
+        return images.folder(path)
+    except ValueError as error:
+        # There is nothing to go on with without it.
+        raise ValueError(str(error).partition("; use --skip")[0]) from error
+
+
 def find(spec: str) -> Method:
     """The method of a `name:option=value,...`; masks are compact unless the options say otherwise."""
     name, _, rest = spec.partition(":")
@@ -93,7 +102,9 @@ def look(classifier: Classifier, picture: Picture, target: int | None, seed: int
     pixels = picture.load(classifier.preprocess)[None]
     probabilities = predict(classifier.network, pixels, 1)[0].double().softmax(0)
     if target is not None and not 0 <= target < len(probabilities):
-        raise ValueError(f"--target {target}: the network has {len(probabilities)} classes")
+        raise ValueError(
+            f"--target {target}: the network has {len(probabilities)} classes, 0 to {len(probabilities) - 1}"
+        )
     index = int(probabilities.argmax()) if target is None else target
     return Inputs(pixels, torch.tensor([index]), (picture.id,), seed), probabilities
 

@@ -293,7 +293,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         found = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
     except Exception as error:
-        raise ValueError(f"cannot read weights {path}: {first_line(error)}") from None
+        if isinstance(error, OSError):
+            raise ValueError(f"cannot read weights {path}: {first_line(error)}") from None
+        raise ValueError(
+            f"cannot read weights {path}: not a .pth of tensors, nor a .safetensors file "
+            f"({type(error).__name__}; nothing in a file is ever executed)"
+        ) from None
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
@@ -400,7 +405,10 @@ def _classifier(
 def _from_factory(path: str, weights: str) -> Classifier:
     """`package.module:factory` called without arguments; a `preprocess` attribute of the network is used."""
     factory = load_object(path)
-    network = factory() if callable(factory) else factory
+    try:
+        network = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
+    except Exception as error:
+        raise ValueError(f"cannot make {path!r}: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"{path} gave a {type(network).__name__}, not a torch.nn.Module")
     origin = f"as {path} made them"

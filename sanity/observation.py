@@ -70,6 +70,8 @@ def arithmetic(plan: Plan) -> Iterator[None]:
 @contextmanager
 def working(network: nn.Module, plan: Plan, device: torch.device | str) -> Iterator[None]:
     """`guarded`, on a device, in a plan's precision."""
+    if plan.precision == "tf32" and torch.device(device).type != "cuda":
+        raise ValueError("--precision tf32 is what a GPU's products may round to; on a processor take bfloat16")
     with arithmetic(plan), guarded(network, device, dtype_of(plan)):
         yield
 

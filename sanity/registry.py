@@ -10,7 +10,7 @@ from typing import Any
 
 def suggest(kind: str, name: str, known: Iterable[str]) -> str:
     """One line for an unknown name: what was asked for, the nearest known names, or all of them."""
-    names = list(known)
+    names = list(dict.fromkeys(known))
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
     return f"unknown {kind} {name!r}; {hint}"

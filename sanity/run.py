@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from sanity.observation import (
 from sanity.plan import DEFAULT_METHODS, Members, Plan, read_yaml
 from sanity.randomization import Draws, Other, randomized, reinitialiser, steps
 from sanity.records import Cell, Key, Score, Step, to_table
+from sanity.registry import suggest
 from sanity.stages import Stage, derived, grouped, select, untouched, written_out
 
 
@@ -168,7 +169,7 @@ def check(
     model: nn.Module,
     images: Tensor,
     *,
-    methods: Sequence[str | Method | Explainer] = DEFAULT_METHODS,
+    methods: str | Sequence[str | Method | Explainer] = DEFAULT_METHODS,
     stages: str | int | Sequence[str] | Members = "all",
     labels: Sequence[int] | Tensor | None = None,
     batch_size: int = 8,
@@ -186,6 +187,15 @@ def check(
     `attrs["untouched_parameters"]` lists what no stage reached, and so was never random; `attrs["stages"]` and
     `attrs["unchanged_parameters"]` are those of `run.json`.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images must be a tensor (N, C, H, W), not a {type(images).__name__}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if unknown := sorted(set(choices) - {field.name for field in fields(Plan)}):
+        raise ValueError(suggest("choice", unknown[0], [field.name for field in fields(Plan)]))
+    methods = (methods,) if isinstance(methods, str) else methods
     fixed = {"target": "label"} if labels is not None else {}
     listed = stages if isinstance(stages, str | int | Mapping) else tuple(stages)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in {**fixed, **choices}.items()}

@@ -293,3 +293,45 @@ def test_display_maps_are_small_and_scaled() -> None:
     assert (shown["b", "mine"] == -128).all()
     assert set(panels_of(Seen(inputs, torch.zeros(2, 2), {"mine": maps}), 1)) == {("a", "mine")}
     assert not panels_of(Seen(inputs, torch.zeros(2, 2), {"mine": maps}), -8)
+
+
+def test_a_network_that_writes_to_its_input_is_refused(awkward: nn.Module, pictures: Tensor) -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = awkward
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.sub_(0.5))
+
+    before = pictures.clone()
+    for method in ("edges", "gradient"):
+        with pytest.raises(ValueError, match="the network changes its input in place"):
+            sanity.check(InPlace(), pictures, methods=[method], precision="float64")
+    assert torch.equal(pictures, before)
+
+
+@pytest.mark.parametrize(
+    ("model", "images", "choices", "words"),
+    [
+        ("foo", torch.zeros(1, 3, 5, 5), {}, "model must be a torch.nn.Module, not a str"),
+        (nn.Flatten(), [1, 2], {}, "images must be a tensor"),
+        (nn.Flatten(), torch.zeros(1, 3, 5, 5), {"batch_size": 0}, "batch_size must be at least 1"),
+        (
+            nn.Flatten(),
+            torch.zeros(1, 3, 5, 5),
+            {"method": "gradient"},
+            "unknown choice 'method'; did you mean methods",
+        ),
+        (nn.Linear(2, 2), torch.zeros(1, 3, 5, 5), {"precision": "tf32"}, "tf32 is what a GPU's products"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_in_words(
+    model: object, images: object, choices: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        sanity.check(model, images, **choices)
+
+
+def test_one_method_may_be_named_alone(awkward: nn.Module, pictures: Tensor) -> None:
+    assert set(check(awkward, pictures, methods="gradient")["method"]) == {"gradient"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ def find(spec: str | Method | Explainer) -> Method:
     methods = registered()
     if name in methods:
         return _with(methods[name], rest)
-    if "." in name and rest:
+    if rest and "=" not in rest and ("." in name or find_spec(name)):
         return _as_method(spec, load_object(spec))
     raise ValueError(suggest("method", spec, methods))
 

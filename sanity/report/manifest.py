@@ -124,7 +124,8 @@ def _words(header: Header) -> Iterator[str]:
             value = "stages.yaml"
         elif name == "stages" and isinstance(value, list):
             value = ",".join(value)
-        if value is not False:
+        # Presets never set these two; "null" would read as a file's name.
+        if value is not False and not (value is None and name in ("against", "limit")):
             yield f"--{name.replace('_', '-')}{'' if value is True else ' ' + _quoted(value)}"
     yield f"--device {'cpu' if header.get('device', 'cpu') == 'cpu' else 'cuda'}"
     if "batch_size" in header:
