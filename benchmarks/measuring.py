@@ -87,7 +87,7 @@ def publish(name: str, tables: Mapping[str, pd.DataFrame], words: Sequence[str],
         parts += [f"## {title}", markdown(table)]
     text = "\n\n".join(parts) + "\n"
     (folder / "table.md").write_text(text)
-    command = " ".join(["python", *sys.argv])
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     manifest = {"command": command, "threads": torch.get_num_threads(), **more, **clock.stamp(), **environment()}
     write_json(folder / "run.json", manifest)
     print(text)

@@ -69,7 +69,10 @@ class Plan:
     seeds: tuple[int, ...] = _option((0,), "seeds of the random weights, one randomization each", metavar="N")
     samples: int | None = _option(None, "samples of SmoothGrad, Integrated Gradients and their kin", metavar="N")
     mask_steps: int | None = _option(None, "optimisation steps of meaningful perturbation", metavar="N")
-    precision: str = _option("float32", "float32; bfloat16 or, on a GPU, tf32: faster; float64 for reference")
+    precision: str = _option(
+        "float32",
+        "float32; bfloat16: faster on large networks, but it moves scores; tf32, on a GPU; float64 for reference",
+    )
     save_maps: bool = _option(False, "keep the raw attributions in maps.safetensors")
     strips: int = _option(4, "draw strips of maps for the first N images", metavar="N")
     hide_pictures: bool = _option(False, "leave the photographs themselves out of the strips")
