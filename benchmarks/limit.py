@@ -12,14 +12,15 @@ Writes results/benchmarks/limit_MODEL/.
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
+from typing import Any
 from unittest import mock
 
 import measuring
@@ -34,10 +35,13 @@ from sanity.attributions.base import PLAIN, logits_of
 from sanity.command import Clock
 from sanity.engine import Engine, gradients
 from sanity.folding import Folded, foldable
+from sanity.images import Images
+from sanity.models import Classifier
 from sanity.observation import load
 from sanity.plan import Plan
 from sanity.randomization import guarded
 from sanity.run import run
+from sanity.stages import Stage
 
 
 class Counter(TorchDispatchMode):
@@ -85,25 +89,40 @@ def fma_rate(threads: int) -> float | None:
             return None
 
 
-@contextmanager
-def watched(spent: dict[str, float]) -> Iterator[None]:
-    """Add up the seconds inside network evaluations of any kind."""
+class Busy:
+    """Seconds in which at least one thread was inside one of the functions that it was given to watch."""
 
-    def timed(function):  # type: ignore[no-untyped-def]
-        def call(*args, **kwargs):  # type: ignore[no-untyped-def]
-            start = time.perf_counter()
+    def __init__(self) -> None:
+        self.seconds, self.inside, self.since, self.lock = 0.0, 0, 0.0, Lock()
+
+    def watching(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, watched."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.lock:
+                if not self.inside:
+                    self.since = time.perf_counter()
+                self.inside += 1
             try:
                 return function(*args, **kwargs)
             finally:
-                spent["network"] = spent.get("network", 0.0) + time.perf_counter() - start
+                with self.lock:
+                    self.inside -= 1
+                    if not self.inside:
+                        self.seconds += time.perf_counter() - self.since
 
         return call
 
+
+@contextmanager
+def watched() -> Iterator[Busy]:
+    """Measure how long the network is evaluated, in any way, by any lane."""
+    busy = Busy()
     with (
-        mock.patch.multiple(engine, gradients=timed(engine.gradients), record=timed(engine.record)),
-        mock.patch.object(observation, "predict", timed(observation.predict)),
+        mock.patch.multiple(engine, gradients=busy.watching(engine.gradients), record=busy.watching(engine.record)),
+        mock.patch.object(observation, "predict", busy.watching(observation.predict)),
     ):
-        yield
+        yield busy
 
 
 def best_alone(network: torch.nn.Module, example: Tensor, sizes: tuple[int, ...], rounds: int) -> tuple[float, int]:
@@ -123,105 +142,111 @@ def best_alone(network: torch.nn.Module, example: Tensor, sizes: tuple[int, ...]
     return found[size], size
 
 
+@dataclass(frozen=True)
+class Grid:
+    """What is run: a plan on a network's stages and photographs."""
+
+    plan: Plan
+    classifier: Classifier
+    pictures: Images
+    stages: Sequence[Stage]
+    batch_size: int
+
+    @property
+    def evaluations(self) -> int:
+        """Gradients that the grid needs when nothing is reused."""
+        cost = Engine(self.plan.explainers(), self.batch_size).cost
+        return cost * len(self.pictures) * (1 + len(self.plan.orders) * len(self.stages))
+
+    def take(self, reuse: bool = True) -> None:
+        """Run all of it, and throw the numbers away."""
+        plain = Engine.__init__
+
+        def made(self: Engine, *args: Any, **kwargs: Any) -> None:
+            plain(self, *args, **kwargs)
+            self.reuse = reuse
+
+        with mock.patch.object(Engine, "__init__", made):
+            for _ in run(self.plan, self.classifier, self.pictures, self.stages, batch_size=self.batch_size):
+                pass
+
+
+def timed(grid: Grid, repeats: int) -> pd.DataFrame:
+    """Best time alone, run with reuse, run without; again and again."""
+    rows = []
+    example = load(grid.classifier, grid.pictures, grid.plan, "cpu")
+    for repeat in range(repeats):
+        with guarded(grid.classifier.network, dtype=observation.dtype_of(grid.plan)):
+            alone, size = best_alone(grid.classifier.network, example, (1, 4, 8, 16), 5)
+        for reuse in (True, False):
+            start, cpu = time.perf_counter(), time.process_time()
+            with watched() as busy:
+                grid.take(reuse)
+            wall = time.perf_counter() - start
+            rows.append(
+                {
+                    "repeat": repeat, "reuse": reuse, "wall": wall, "cpu": time.process_time() - cpu,
+                    "evaluations": grid.evaluations, "best alone": alone, "its batch": size,
+                    "wall / (evaluations x best)": wall / (grid.evaluations * alone),
+                    "outside evaluations": 1 - busy.seconds / wall,
+                }
+            )  # fmt: skip
+            print(rows[-1], flush=True)
+    return pd.DataFrame(rows)
+
+
+def of_machine(grid: Grid, wall: float) -> pd.DataFrame:
+    """What one gradient takes, what a run of `wall` seconds executes, and what this machine could."""
+    network, example = grid.classifier.network, load(grid.classifier, grid.pictures, grid.plan, "cpu")[:1]
+    target = torch.zeros(1, dtype=torch.int64)
+    with guarded(network, dtype=observation.dtype_of(grid.plan)):
+        each = flops(lambda: gradients(network, example, example, target, PLAIN))
+        with torch.no_grad():
+            forward = flops(lambda: logits_of(network, example))
+    # In one thread: a mode sees what runs in its own.
+    executed = flops(replace(grid, classifier=replace(grid.classifier, reentrant=False)).take)
+    fma = fma_rate(torch.get_num_threads())
+    rows = [
+        ("multiply-adds of one gradient, GFLOP", each / 1e9),
+        ("of these in the forward pass, GFLOP", forward / 1e9),
+        ("without reuse, GFLOP a run", each * grid.evaluations / 1e9),
+        ("really executed, GFLOP a run", executed / 1e9),
+        ("really executed, GFLOP/s of the run's wall", executed / wall / 1e9),
+        ("register-resident FMAs, GFLOP/s", None if fma is None else fma / 1e9),
+        ("share of it", None if fma is None else executed / wall / fma),
+    ]
+    return pd.DataFrame(rows, columns=["what", "value"])
+
+
+def flops(work: Callable[[], object]) -> float:
+    """Floating-point operations of products and convolutions that `work` makes in this thread."""
+    with Counter() as counter:
+        work()
+    return float(counter.total)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="inception_v3")
-    parser.add_argument("--weights", default="random")
-    parser.add_argument("--images", type=int, default=1)
-    parser.add_argument("--samples", type=int, default=8)
+    numbers = {"images": 1, "samples": 8, "batch_size": 4, "repeats": 2}
+    parser = measuring.parser(__doc__, "inception_v3", "random", **numbers)
     parser.add_argument("--orders", nargs="+", default=["cascading", "independent"])
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--precision", default="float32")
     options = parser.parse_args()
     clock = Clock()
     classifier, pictures = measuring.network(options.model, options.weights, options.images)
     plan = Plan(methods=METHODS, samples=options.samples, orders=tuple(options.orders), precision=options.precision)
-    example = load(classifier, pictures, plan, "cpu")
-    stages = measuring.stages_of(classifier, example[:1], None)
-    network = classifier.network
-    with guarded(network, dtype=observation.dtype_of(plan)):
-        counter = Counter()
-        with counter:
-            gradients(network, example[:1], example[:1], torch.zeros(1, dtype=torch.int64), PLAIN)
-        each = counter.total
-        counter = Counter()
-        with torch.no_grad(), counter:
-            logits_of(network, example[:1])
-        forward = counter.total
-    cost = Engine(plan.explainers(), options.batch_size).cost
-    evaluations = cost * len(pictures) * (1 + len(options.orders) * len(stages))
-    rows, spent = [], dict[str, float]()
-    fma = fma_rate(torch.get_num_threads())
-
-    def whole(reuse: bool) -> None:
-        spent.clear()
-        made = mock.patch.object(Engine, "__init__", mock_init(reuse))
-        with made, watched(spent):
-            for _ in run(plan, classifier, pictures, stages, batch_size=options.batch_size):
-                pass
-
-    original = Engine.__init__
-
-    def mock_init(reuse: bool):  # type: ignore[no-untyped-def]
-        def init(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-            original(self, *args, **kwargs)
-            self.reuse = reuse
-
-        return init
-
-    for repeat in range(options.repeats):
-        with guarded(network, dtype=observation.dtype_of(plan)):
-            alone, size = best_alone(network, example, (4, 8, 16), 3)
-        for reuse in (True, False):
-            start, cpu = time.perf_counter(), time.process_time()
-            whole(reuse)
-            wall = time.perf_counter() - start
-            rows.append(
-                {
-                    "repeat": repeat, "reuse": reuse, "wall": wall, "cpu": time.process_time() - cpu,
-                    "evaluations": evaluations, "best alone": alone, "its batch": size,
-                    "wall / (evaluations x best)": wall / (evaluations * alone),
-                    "outside evaluations": 1 - spent["network"] / wall,
-                }
-            )  # fmt: skip
-            print(rows[-1], flush=True)
-    table = pd.DataFrame(rows)
-    executed = executed_flops(plan, classifier, pictures, stages, options.batch_size)
-    with_reuse = table[table.reuse]
-    rate = executed / float(with_reuse["wall"].median())
-    machine = pd.DataFrame(
-        [
-            ("multiply-adds of one gradient, GFLOP", each / 1e9),
-            ("of these in the forward pass, GFLOP", forward / 1e9),
-            ("without reuse, GFLOP a run", each * evaluations / 1e9),
-            ("really executed, GFLOP a run", executed / 1e9),
-            ("really executed, GFLOP/s of the run's wall", rate / 1e9),
-            ("register-resident FMAs, GFLOP/s", None if fma is None else fma / 1e9),
-            ("share of it", None if fma is None else rate / fma),
-        ],
-        columns=["what", "value"],
-    )
+    stages = measuring.stages_of(classifier, load(classifier, pictures, plan, "cpu")[:1], None)
+    grid = Grid(plan, classifier, pictures, stages, options.batch_size)
+    table = timed(grid, options.repeats)
     medians = table.groupby("reuse")[["wall", "cpu", "wall / (evaluations x best)", "outside evaluations"]].median()
     words = [
         f"{classifier.name}, {len(pictures)} photographs, {len(stages)} stages, {' and '.join(options.orders)}, "
         f"{', '.join(METHODS)}, {options.samples} samples, {options.precision}, {torch.get_num_threads()} threads.",
         "Goals: 0.85 of evaluations x best; 5 % outside evaluations; 80 % of the FMAs' rate.",
     ]
+    machine = of_machine(grid, float(medians["wall"][True]))
     tables = {"medians": medians.reset_index(), "machine": machine, "runs": table}
     name = f"limit_{classifier.name}" + ("" if options.precision == "float32" else f"_{options.precision}")
-    measuring.publish(name, tables, words, clock, options=vars(options) | {"weights": "..."})
-
-
-def executed_flops(plan: Plan, classifier, pictures, stages, batch_size: int) -> float:  # type: ignore[no-untyped-def]
-    """Floating-point operations that a run with reuse really executes."""
-    counter = Counter()
-    # In one thread: a mode sees what runs in its own.
-    classifier = replace(classifier, reentrant=False)
-    with counter:
-        for _ in run(plan, classifier, pictures, stages, batch_size=batch_size):
-            pass
-    return float(counter.total)
+    measuring.publish(name, tables, words, clock, options=measuring.chosen(options))
 
 
 if __name__ == "__main__":

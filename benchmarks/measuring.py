@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import resource
 import sys
 import time
@@ -25,6 +26,21 @@ from sanity.records import write_json
 from sanity.stages import Stage, derived, grouped, written_out
 
 RESULTS = Path(__file__).parents[1] / "results" / "benchmarks"
+
+
+def parser(words: str | None, model: str, weights: str, **numbers: int) -> argparse.ArgumentParser:
+    """Flags that benchmarks of a network share, with their defaults; `numbers` become flags of whole numbers."""
+    made = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", default=model)
+    made.add_argument("--weights", default=weights, help="FILE, pretrained or random")
+    for name, default in numbers.items():
+        made.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    return made
+
+
+def chosen(options: argparse.Namespace) -> dict[str, Any]:
+    """What a manifest keeps of the flags: of weights the file's name, not where it lay."""
+    return {**vars(options), "weights": Path(options.weights).name}
 
 
 def network(name: str, weights: str, limit: int) -> tuple[Classifier, Images]:

@@ -10,8 +10,6 @@ results/benchmarks/precision_MODEL/.
 
 from __future__ import annotations
 
-import argparse
-
 import measuring
 import pandas as pd
 
@@ -23,12 +21,7 @@ METHODS = ("gradient", "smoothgrad", "gradient_x_input", "guided_backprop", "int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="efficientnet_lite0")
-    parser.add_argument("--weights", default="pretrained")
-    parser.add_argument("--images", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=5)
-    parser.add_argument("--stages", type=int, default=6)
+    parser = measuring.parser(__doc__, "efficientnet_lite0", "pretrained", images=4, samples=5, stages=6)
     parser.add_argument("--precision", default="bfloat16")
     options = parser.parse_args()
     clock = Clock()
@@ -54,7 +47,7 @@ def main() -> None:
         f"Largest difference of a mean score: {worst:.4f}; goal: at most .01.",
     ]
     name = f"precision_{classifier.name}"
-    measuring.publish(name, {"differences": table}, words, clock, options=vars(options) | {"weights": "..."})
+    measuring.publish(name, {"differences": table}, words, clock, options=measuring.chosen(options))
 
 
 if __name__ == "__main__":

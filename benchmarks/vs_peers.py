@@ -15,10 +15,12 @@ timed, and their agreement is told apart.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 from unittest import mock
@@ -34,10 +36,12 @@ from torch import Tensor, nn
 
 from sanity.command import Clock
 from sanity.engine import predict
+from sanity.images import Images
 from sanity.observation import load
 from sanity.plan import Plan
 from sanity.randomization import Draws, guarded, randomized, reinitialiser
 from sanity.run import run
+from sanity.stages import Stage
 
 METHODS = ("gradient", "smoothgrad", "integrated_gradients", "guided_backprop")
 SIGMA = 0.15
@@ -93,15 +97,62 @@ def captum_maps(method: str, samples: int, batch: int) -> Any:
     return explain
 
 
+def drawn(
+    network: nn.Module, stages: Sequence[Stage], plan: Plan, example: Tensor, batch: int
+) -> tuple[Tensor, list[tuple[str, dict[str, Tensor]]]]:
+    """Classes that the trained network predicts, and each stage's random weights, as our own run draws them."""
+    values = []
+    with guarded(network):
+        targets = predict(network, example, batch).argmax(1)
+        with randomized(network, stages, "cascading", 0, Draws(reinitialiser(plan.reinit))) as walk:
+            for index in range(1, len(walk)):
+                stage = walk.enter(index).stage
+                named = dict(network.named_parameters())
+                values.append((stage.name, {n: named[n].detach().clone() for n in stage.parameters}))
+    return targets, values
+
+
+def quantus_scores(
+    network: nn.Module,
+    values: list[tuple[str, dict[str, Tensor]]],
+    pictures: Images,
+    example: Tensor,
+    targets: Tensor,
+    options: Namespace,
+) -> pd.DataFrame:
+    """Every cell by Quantus' MPRT over captum's methods: method, stage, image, value."""
+    found = []
+    for method in METHODS:
+        metric = quantus.MPRT(
+            similarity_func=quantus.similarity_func.correlation_spearman,
+            layer_order="top_down",
+            normalise=False,
+            abs=True,
+            disable_warnings=True,
+            return_average_correlation=False,
+            return_last_correlation=False,
+        )
+        with staged(values):
+            scores = metric(
+                model=network,
+                x_batch=example.contiguous().numpy(),
+                y_batch=targets.numpy(),
+                explain_func=captum_maps(method, options.samples, options.quantus_batch),
+                channel_first=True,
+                batch_size=options.quantus_batch,
+                device="cpu",
+            )
+        del scores["original"]
+        for stage, cells in scores.items():
+            for image, value in zip(pictures.ids, cells, strict=True):
+                found.append({"method": method, "stage": stage, "image": image, "value": value})
+    return pd.DataFrame(found)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="efficientnet_lite0")
-    parser.add_argument("--weights", default="pretrained")
-    parser.add_argument("--images", type=int, default=2)
+    numbers = {"images": 2, "samples": 50, "batch_size": 4, "quantus_batch": 16, "repeats": 2}
+    parser = measuring.parser(__doc__, "efficientnet_lite0", "pretrained", **numbers)
     parser.add_argument("--stages", type=int, help="merge the stages into so many (default: all)")
-    parser.add_argument("--samples", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=4, help="evaluations at a time, of both")
-    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS)
     options = parser.parse_args()
     clock = Clock()
@@ -109,64 +160,38 @@ def main() -> None:
     plan = Plan(methods=METHODS, similarities=("spearman_abs",), samples=options.samples)
     example = load(classifier, pictures, plan, "cpu")
     stages = measuring.stages_of(classifier, example[:1], options.stages)
+    network = classifier.network.eval()
+    targets, values = drawn(network, stages, plan, example, options.batch_size)
     rows: dict[str, pd.DataFrame] = {}
 
-    network = classifier.network.eval()
-    with guarded(network):
-        targets = predict(network, example, options.batch_size).argmax(1)
-        with randomized(network, stages, "cascading", 0, Draws(reinitialiser(plan.reinit))) as walk:
-            values = []
-            for index in range(1, len(walk)):
-                visit = walk.enter(index)
-                drawn = {n: p.detach().clone() for n, p in network.named_parameters() if n in visit.stage.parameters}
-                values.append((visit.stage.name, drawn))
-
     def theirs() -> None:
-        found = []
-        for method in METHODS:
-            metric = quantus.MPRT(
-                similarity_func=quantus.similarity_func.correlation_spearman,
-                layer_order="top_down",
-                normalise=False,
-                abs=True,
-                disable_warnings=True,
-                return_average_correlation=False,
-                return_last_correlation=False,
-            )
-            explain = captum_maps(method, options.samples, options.batch_size)
-            with staged(values):
-                scores = metric(
-                model=network, x_batch=example.contiguous().numpy(), y_batch=targets.numpy(), explain_func=explain,
-                channel_first=True, batch_size=options.batch_size, device="cpu",
-            )  # fmt: skip
-            del scores["original"]
-            for stage, cells in scores.items():
-                for image, value in zip(pictures.ids, cells, strict=True):
-                    found.append({"method": method, "stage": stage, "image": image, "value": value})
-        rows["quantus"] = pd.DataFrame(found)
+        rows["quantus"] = quantus_scores(network, values, pictures, example, targets, options)
 
     def ours(precision: str) -> None:
-        chosen = Plan(**{**vars(plan), "precision": precision})
-        steps = run(chosen, classifier, pictures, stages, batch_size=options.batch_size)
+        steps = run(replace(plan, precision=precision), classifier, pictures, stages, batch_size=options.batch_size)
         rows[precision] = pd.DataFrame([score._asdict() for step in steps for score in step.scores])
 
-    contenders = {"quantus": theirs, **{p: (lambda p=p: ours(p)) for p in options.precisions}}  # type: ignore[misc]
+    contenders = {"quantus": theirs, **{p: partial(ours, p) for p in options.precisions}}
     times = measuring.interleaved(contenders, options.repeats)
+    words = [
+        f"{classifier.name}, {len(pictures)} photographs, {len(stages)} stages cascading, {', '.join(METHODS)}, "
+        f"{options.samples} samples, {options.batch_size} evaluations at a time ({options.quantus_batch} for Quantus), "
+        f"{torch.get_num_threads()} threads, {options.repeats} repetitions, interleaved. "
+        f"Quantus {version('quantus')}, captum {version('captum')}.",
+        "Goal: 4 times in float32, 7 times in bfloat16.",
+    ]
+    ratios = ratios_of(times, len(METHODS) * len(stages) * len(pictures))
+    tables = {"times": ratios, "agreement": agreement(rows), "runs": times}
+    measuring.publish(f"vs_peers_{classifier.name}", tables, words, clock, options=measuring.chosen(options))
+
+
+def ratios_of(times: pd.DataFrame, cells: int) -> pd.DataFrame:
+    """Medians of each contender, and how many times faster than Quantus it is."""
     medians = times.groupby("contender", sort=False)[["wall", "cpu"]].median().reset_index()
-    cells = len(METHODS) * len(stages) * len(pictures)
     for kind in ("wall", "cpu"):
         reference = medians.set_index("contender")[kind]["quantus"]
         medians[f"times faster ({kind})"] = reference / medians[kind]
-    medians["wall seconds a cell"] = medians["wall"] / cells
-    words = [
-        f"{classifier.name}, {len(pictures)} photographs, {len(stages)} stages cascading, {', '.join(METHODS)}, "
-        f"{options.samples} samples, {options.batch_size} evaluations at a time, {torch.get_num_threads()} threads, "
-        f"{options.repeats} repetitions, interleaved. Quantus {version('quantus')}, "
-        f"captum {version('captum')}.",
-        "Goal: 4 times in float32, 7 times in bfloat16.",
-    ]
-    tables = {"times": medians, "agreement": agreement(rows), "runs": times}
-    measuring.publish(f"vs_peers_{classifier.name}", tables, words, clock, options=vars(options) | {"weights": "..."})
+    return medians.assign(**{"wall seconds a cell": medians["wall"] / cells})
 
 
 def agreement(rows: dict[str, pd.DataFrame]) -> pd.DataFrame:

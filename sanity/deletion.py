@@ -26,7 +26,7 @@ from sanity.pointing import read_boxes
 from sanity.records import counts, to_table, write_json
 from sanity.report.deletions import caption, figures, summarize, terminal_tables, to_markdown
 from sanity.report.figures import any_script
-from sanity.session import setting_of
+from sanity.session import setting_of, usual_batch
 
 FORMAT = "deletion 1"
 """Changes whenever a change of the code would move numbers of an unchanged plan."""
@@ -77,7 +77,8 @@ def command(arguments: Sequence[str]) -> int:
     classifier = models.load(plan.model, plan.weights)
     classifier = classifier.squashing() if plan.squash else classifier
     pictures = images.find(plan.images, skip_bad=plan.skip_bad_images, limit=plan.limit)
-    task = Task(plan, settings, classifier, pictures, boxes, setting.device, setting.batch_size)
+    size = setting.batch_size or usual_batch(setting.device)
+    task = Task(plan, settings, classifier, pictures, boxes, setting.device, size)
     task.check()
     folder = MeasuresFolder(setting.output)
     header = folder.open(manifest(task), setting.resume)

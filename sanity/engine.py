@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from sanity.attributions.base import (
     Moments,
     Point,
     Rule,
+    Sees,
     logits_of,
 )
 from sanity.attributions.gradients import PIXELS
@@ -37,8 +38,8 @@ SWEEP_BYTES = 3 * 2**29
 WORTH = 0.05
 """A state is run as a whole where less than this share of the network's calls could be reused."""
 
-
 ALONE = Lanes()
+T = TypeVar("T")
 
 
 class State(NamedTuple):
@@ -103,7 +104,7 @@ class Engine:
         self.batch_size = batch_size
         self.on_progress = on_progress
         self.fold, self.reuse, self.lanes = fold, reuse, lanes
-        self._folds: dict[nn.Module, Folded] = {}
+        self._folds: dict[nn.Module, Mapping[Sees, nn.Module]] = {}
         self._points: dict[tuple[Point, str, int], Tensor] = {}
         self._chunk: tuple[str, ...] = ()
 
@@ -148,9 +149,9 @@ class Engine:
             self._chunk, self._points = inputs.ids, {}
         found: list[dict[str, Tensor]] = [{} for _ in states]
         logits: list[Tensor | None] = [None for _ in states]
-        folded = self._folded(network, inputs)
+        fast = self._fast(network, inputs)
         for rule in {method.rule.name: method.rule for method in self._combining}.values():
-            answers = self._combine(network if rule.layered else folded, states, rule, trained)
+            answers = self._combine(fast[rule.sees], states, rule, trained)
             for n, (maps, said) in enumerate(answers):
                 found[n] |= maps
                 logits[n] = said if logits[n] is None else logits[n]
@@ -158,16 +159,17 @@ class Engine:
         for n, state in enumerate(states if functions else ()):
             state.enter()
             for method in functions:
-                found[n][method.name] = self._call(method, folded if method.folds else network, state.inputs)
+                found[n][method.name] = self._call(method, fast[method.sees], state.inputs)
         order = [method.name for method in self.methods]
         return [Answer({name: maps[name] for name in order}, said) for maps, said in zip(found, logits, strict=True)]
 
-    def _folded(self, network: nn.Module, inputs: Inputs) -> nn.Module:
-        """Return the network, its BatchNorms folded where that changes nothing but the speed."""
+    def _fast(self, network: nn.Module, inputs: Inputs) -> Mapping[Sees, nn.Module]:
+        """The network as it may be run under rules that see more and more of it."""
         if not self.fold:
-            return network
+            return dict.fromkeys(Sees, network)
         if network not in self._folds:
-            self._folds = {network: Folded(network, foldable(network, inputs.pixels[:1]))}
+            folded = Folded(network, foldable(network, inputs.pixels[:1]))
+            self._folds = {network: {Sees.LOGITS: folded.clipping(), Sees.RECTIFIERS: folded, Sees.LAYERS: network}}
         return self._folds[network]
 
     def _call(self, method: FunctionMethod, network: nn.Module, inputs: Inputs) -> Tensor:
@@ -182,13 +184,10 @@ class Engine:
 
         def lane(cut: slice) -> list[Tensor]:
             whole = cut.stop - cut.start
-            parts, size = in_parts(lambda p: explain(slice(cut.start + p.start, cut.start + p.stop)), whole, whole)
-            if size < whole:
-                self.batch_size = size
-            return parts
+            return self._fitting(lambda p: explain(slice(cut.start + p.start, cut.start + p.stop)), whole)
 
         # Only what looks at the logits alone leaves the network's modules as they are for the other lanes.
-        count, lanes = len(inputs.ids), self.lanes if method.folds else ALONE
+        count, lanes = len(inputs.ids), self.lanes if method.sees is Sees.LOGITS else ALONE
         found: list[Tensor] = []
         start = 0
         while start < count:
@@ -200,16 +199,20 @@ class Engine:
             start = edges[-1]
         return torch.cat(found)
 
+    def _fitting(self, evaluate: Callable[[slice], T], count: int) -> list[T]:
+        """`evaluate` for all of `count` at once; if memory does not suffice in parts, and so from then on."""
+        parts, size = in_parts(evaluate, count, count)
+        if size < count:
+            self.batch_size = size
+        return parts
+
     def _gradients(self, network: nn.Module, points: Tensor, inputs: Inputs, rule: Rule) -> tuple[Tensor, Tensor]:
         """`gradients` of a micro-batch as a whole, or in parts if memory does not suffice."""
 
         def part(cut: slice) -> tuple[Tensor, Tensor]:
             return gradients(network, points[cut], inputs.pixels[cut], inputs.targets[cut], rule)
 
-        parts, size = in_parts(part, len(points), len(points))
-        if size < len(points):
-            self.batch_size = size
-        found, logits = zip(*parts, strict=True)
+        found, logits = zip(*self._fitting(part, len(points)), strict=True)
         return torch.cat(found), torch.cat(logits)
 
     def _combine(
@@ -333,12 +336,13 @@ class _Sums:
 
     def add(self, n: int, point: Point, gradient: Tensor, inputs: Inputs) -> None:
         """Add image n's gradient (C, H, W) at a point."""
-        value = gradient.double()
+        value = gradient
         if self.method.weigh is not None:
-            value = value * self.method.weigh(point, inputs.pixels[n], inputs.ids[n], inputs.seed)
+            value = value.double() * self.method.weigh(point, inputs.pixels[n], inputs.ids[n], inputs.seed)
+        # float32 is added to float64 as it is read: no copy is made.
         self.total[0, n] += value
         if self.method.spread:
-            self.total[1, n] += value.square()
+            self.total[1, n] += value.double().square()
 
     def map(self, inputs: Inputs) -> Tensor:
         """The method's attribution of all images (N, C, H, W)."""

@@ -1,16 +1,20 @@
-"""Run a network with every BatchNorm folded into the convolution before it: fewer passes over activations."""
+"""Run a network with BatchNorms and rectifiers as part of the convolutions before them: fewer passes over memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+from sanity.attributions.rectifiers import clip_of
+from sanity.convolution import Clip, Kernel, convolve, geometry, pad, suits
 
 _CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 BatchNorm = nn.modules.batchnorm._NormBase
@@ -19,101 +23,160 @@ CACHE_BYTES = 2**30
 """Folded weights are kept, of trained and of random parameters, up to this much memory."""
 
 
+class Joined(NamedTuple):
+    """What reads a convolution's result, and nothing else does, so that it can be part of the convolution.
+
+    norm: an evaluating BatchNorm; clip: a rectifier, after the norm if there is one.
+    """
+
+    norm: nn.Module | None = None
+    clip: Clip | None = None
+
+
 class _Trace(TorchFunctionMode):
-    """Notes, of one forward pass, which convolution's result goes into a BatchNorm and nowhere else."""
+    """Notes, of one forward pass, what goes from a convolution into a BatchNorm or a rectifier and nowhere else."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         norms = [m for m in network.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
         self.owner = {id(norm.running_mean): norm for norm in norms}
         self.kept: list[Tensor] = []
-        self.uses: dict[int, int] = {}
+        self.uses: dict[_Value, int] = {}
         self.count = 0
-        self.convolutions: dict[int, int] = {}
-        self.followed: dict[int, tuple[int, nn.Module]] = {}
+        self.places: dict[_Value, int] = {}
+        self.links: dict[int, list[tuple[_Value, str, Any]]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        read = [_value(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        result = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if func.__name__ == "__get__" or not made:
             return result
         # Kept alive, so that an id names one tensor only.
         self.kept += made
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self.uses[id(leaf)] = self.uses.get(id(leaf), 0) + 1
+        for value in read:
+            self.uses[value] = self.uses.get(value, 0) + 1
         if func in _CONVOLUTIONS:
-            self.convolutions[id(result)] = self.count if len(args) > 2 else -1
+            if len(args) > 2:
+                self.places[_value(result)] = self.count
+                self.links[self.count] = []
             self.count += 1
-        if func is F.batch_norm and len(args) > 1 and not _training(args, kwargs or {}):
-            norm, source = self.owner.get(id(args[1])), id(args[0])
-            if norm is not None and self.convolutions.get(source, -1) >= 0:
-                self.followed[source] = (self.convolutions[source], norm)
+        elif read and (place := self.places.get(read[0])) is not None:
+            self._follow(place, func, args, kwargs, read[0], result)
         return result
+
+    def _follow(self, place: int, func: Any, args: tuple[Any, ...], kwargs: Any, source: _Value, result: Any) -> None:
+        """A call reads what came from a convolution."""
+        kinds = [kind for _, kind, _ in self.links[place]]
+        if func is F.batch_norm and not kinds and len(args) > 1 and not _training(args, kwargs):
+            if (norm := self.owner.get(id(args[1]))) is not None:
+                self.links[place].append((source, "norm", norm))
+                self.places[_value(result)] = place
+        elif "clip" not in kinds and (clip := clip_of(func, args, kwargs)) is not None:
+            self.links[place].append((source, "clip", clip))
+
+    def joined(self, out: Any) -> dict[int, Joined]:
+        """By convolutions' places, what may be joined to each; out: what the network gave."""
+        returned = {_value(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)}
+        found = {}
+        for place, links in self.links.items():
+            alone = takewhile(lambda link: self.uses[link[0]] == 1 and link[0] not in returned, links)
+            found[place] = Joined(**{kind: what for _, kind, what in alone})
+        return {place: one for place, one in found.items() if one != Joined()}
+
+
+_Value = tuple[int, int]
+"""A tensor at a time: its id, and how often it was written to by then."""
+
+
+def _value(tensor: Tensor) -> _Value:
+    return id(tensor), tensor._version
 
 
 def _training(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return bool(args[5] if len(args) > 5 else kwargs.get("training", False))
 
 
-def foldable(network: nn.Module, example: Tensor) -> dict[int, nn.Module]:
-    """Convolution calls, by their place in the forward pass, whose results only a BatchNorm reads -> that norm."""
+def _zeros_around(
+    x: Tensor, sides: Sequence[int], mode: str = "constant", value: float | None = None
+) -> Sequence[int] | None:
+    """Sides of a call of `F.pad` that puts zeros around pictures, and cuts nothing off; None of any other."""
+    plain = mode == "constant" and not value and x.ndim == 4 and len(sides) == 4
+    return sides if plain and min(sides) >= 0 else None
+
+
+def foldable(network: nn.Module, example: Tensor) -> dict[int, Joined]:
+    """Convolution calls, by their place in the forward pass -> what may be part of them."""
     trace = _Trace(network)
     with torch.no_grad(), trace:
         out = network(example)
-    returned = {id(leaf) for leaf in tree_leaves(out)}
-    alone = (source for source in trace.followed if trace.uses[source] == 1 and source not in returned)
-    return dict(trace.followed[source] for source in alone)
+    return trace.joined(out)
 
 
 class _Fold(TorchFunctionMode):
-    """One forward pass: convolutions take their norm's scale and shift, and those norms do nothing."""
+    """One forward pass: convolutions do what is joined to them, and the calls that would do it do nothing."""
 
-    def __init__(self, norms: dict[int, nn.Module], weights: _Weights) -> None:
+    def __init__(self, plan: Mapping[int, Joined], weights: _Weights, clips: bool) -> None:
         super().__init__()
-        self.norms, self.weights = norms, weights
+        self.plan, self.weights, self.clips = plan, weights, clips
         self.count = 0
-        self.pending: set[int] = set()
+        self.pending: dict[int, list[str]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.batch_norm and id(args[0]) in self.pending:
-            self.pending.remove(id(args[0]))
+        if func in _CONVOLUTIONS:
+            return self._convolution(func, args, kwargs)
+        if func is F.pad and (sides := _zeros_around(*args, **kwargs)) is not None:
+            return pad(args[0], sides)
+        expected = self.pending.get(id(args[0])) if args and self.pending else None
+        if expected and (func is F.batch_norm if expected[0] == "norm" else clip_of(func, args, kwargs)):
+            expected.pop(0)
+            if not expected:
+                del self.pending[id(args[0])]
             return args[0]
-        if func not in _CONVOLUTIONS:
-            return func(*args, **kwargs)
-        place, self.count = self.count, self.count + 1
-        if place not in self.norms:
+        return func(*args, **kwargs)
+
+    def _convolution(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        one, self.count = self.plan.get(self.count, Joined()), self.count + 1
+        if len(args) < 3:
             return func(*args, **kwargs)
         x, weight, bias, *rest = args
-        out = func(x, *self.weights.of(weight, bias, self.norms[place]), *rest, **kwargs)
-        self.pending.add(id(out))
+        way = geometry(rest, kwargs) if func is torch.conv2d and suits(x, weight) else None
+        if one.norm is None and way is None:
+            return func(*args, **kwargs)
+        kernel = self.weights.of(weight, bias, one.norm)
+        clip = one.clip if self.clips and way else None
+        out = func(x, kernel.weight, kernel.bias, *rest, **kwargs) if way is None else convolve(x, kernel, way, clip)
+        if expected := ["norm"] * (one.norm is not None) + ["clip"] * (clip is not None):
+            self.pending[id(out)] = expected
         return out
 
 
 class _Weights:
-    """Folded weights and biases, kept as long as what they were made of is still the same memory, unwritten."""
+    """Kernels, folded or not, kept as long as what they were made of is still the same memory, unwritten."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[tuple[int, int] | None, ...], tuple[list[Tensor | None], tuple[Tensor, Tensor]]] = {}
+        self._kept: dict[tuple[tuple[int, int] | None, ...], tuple[list[Tensor | None], Kernel]] = {}
         self._bytes = 0
         self._lock = Lock()
 
-    def of(self, weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the folded convolution, the very same tensors whenever the sources are."""
+    def of(self, weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> Kernel:
+        """Kernel of a convolution with the norm folded into it, the very same one whenever the sources are."""
         # One thread folds: another would make tensors of its own, and what was kept of them could not be reused.
         with self._lock, torch._C.DisableTorchFunction():
-            names = ("running_mean", "running_var", "weight", "bias")
+            names = () if norm is None else ("running_mean", "running_var", "weight", "bias")
             sources = [weight, bias, *(getattr(norm, name) for name in names)]
             key = tuple(None if one is None else (one.data_ptr(), one._version) for one in sources)
             if key not in self._kept:
                 with torch.no_grad():
-                    made = folded(weight, bias, norm)
-                self._bytes += made[0].numel() * made[0].element_size()
+                    made = Kernel(weight, bias) if norm is None else Kernel(*folded(weight, bias, norm))
+                # As it is, and packed for each direction.
+                self._bytes += 3 * made.weight.numel() * made.weight.element_size()
                 if self._bytes > CACHE_BYTES:
                     self._kept, self._bytes = {}, 0
                 # Aliases of the sources keep their memory from being given to other tensors.
@@ -134,24 +197,31 @@ def folded(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor
 
 
 class Folded(nn.Module):
-    """A network that computes the same with its BatchNorms folded, whatever its parameters are at the time.
+    """A network that computes the same with BatchNorms, and rectifiers, as part of the convolutions before them.
 
-    norms as `foldable` finds them; folded weights are made on first use and kept for as long as the parameters
-    they were made of have not changed. Rectifiers, and whatever else the network calls, are untouched. A
-    forward pass that takes another way than when `foldable` looked is run again unfolded, from then on.
+    plan as `foldable` finds it; folded weights are made on first use and kept for as long as the parameters
+    they were made of have not changed. clips: rectifiers, too, where the convolution can take them; otherwise
+    they, and whatever else the network calls, are untouched. A forward pass that takes another way than when
+    `foldable` looked is run again unfolded, from then on.
     """
 
-    def __init__(self, network: nn.Module, norms: dict[int, nn.Module]) -> None:
+    def __init__(self, network: nn.Module, plan: Mapping[int, Joined], clips: bool = False) -> None:
         super().__init__()
-        self.network, self.norms = network, norms
+        self.network, self.plan, self.clips = network, plan, clips
         self.weights = _Weights()
+
+    def clipping(self) -> Folded:
+        """The same, with rectifiers as part of convolutions; both keep the same folded weights."""
+        made = Folded(self.network, self.plan, clips=True)
+        made.weights = self.weights
+        return made
 
     def forward(self, x: Tensor) -> Any:
         """Whatever the network gives."""
-        fold = _Fold(self.norms, self.weights)
+        fold = _Fold(self.plan, self.weights, self.clips)
         with fold:
             out = self.network(x)
         if fold.pending:
-            self.norms = {}
-            return self.network(x)
+            self.plan = {}
+            return self(x)
         return out

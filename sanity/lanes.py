@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -40,7 +41,9 @@ class Lanes:
 def _pool(count: int) -> ThreadPoolExecutor:
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, "sanity-lane", lambda: torch.set_num_threads(max(1, threads // count)))
-    for started in [pool.submit(torch.get_num_threads) for _ in range(count)]:
+    # All are up before the last line: none may set its number afterwards.
+    together = Barrier(count)
+    for started in [pool.submit(together.wait) for _ in range(count)]:
         started.result()
     # What a thread sets holds for it alone and for threads yet to come: the caller's stays as it was.
     torch.set_num_threads(threads)

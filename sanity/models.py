@@ -148,6 +148,13 @@ def _efficientnet_lite0(classes: int) -> nn.Module:
     from efficientnet_lite_pytorch import EfficientNet
 
     network: nn.Module = EfficientNet.from_name("efficientnet-lite0", num_classes=classes)
+    # Padding that is the same on both sides is the convolution's own affair: one copy of its input less.
+    for module in network.modules():
+        around = getattr(module, "static_padding", None)
+        if isinstance(module, nn.Conv2d) and isinstance(around, nn.ZeroPad2d):
+            left, right, top, bottom = around.padding
+            if (left, top) == (right, bottom):
+                module.padding, module.static_padding = (top, left), nn.Identity()
     return network
 
 

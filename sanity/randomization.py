@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +42,7 @@ class Visit:
     unchanged: tuple[str, ...]
 
 
+BATCHNORMS = nn.modules.batchnorm._NormBase
 TRAINED = Stage("trained", ())
 PERMUTED = "permuted labels"
 STATISTICS = ("running_mean", "running_var")
@@ -236,18 +236,6 @@ def _fresh_statistics(trained: Mapping[str, Tensor], norms: Sequence[str]) -> di
     return {name: torch.full_like(trained[name], value) for name, value in names.items() if name in trained}
 
 
-def _of_batch_norms(network: nn.Module) -> set[str]:
-    """Names of the parameters and buffers of BatchNorms."""
-    norms = {
-        path: module for path, module in network.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)
-    }
-    return {
-        f"{path}.{own}" if path else own
-        for path, norm in norms.items()
-        for own in (*(name for name, _ in norm.named_parameters()), *(name for name, _ in norm.named_buffers()))
-    }
-
-
 def _narrowing(dtype: torch.dtype) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def cast(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
@@ -279,9 +267,9 @@ def guarded(
             for parameter in wanted:
                 parameter.requires_grad_(False)
             buffers = dict(network.named_buffers())
-            exact = _of_batch_norms(network) if half else set()
             for name, tensor in swap.trained.items():
-                kind = dtype if tensor.is_floating_point() and name not in exact else None
+                exact = half and isinstance(network.get_submodule(name.rpartition(".")[0]), BATCHNORMS)
+                kind = dtype if tensor.is_floating_point() and not exact else None
                 swap.put(name, tensor.to(device=device, dtype=kind, copy=name in buffers))
             if half and dtype is not None:
                 hooks += [
@@ -365,9 +353,8 @@ def randomized(
     written to.
     """
     with _Swap(network) as swap:
-        draw = partial(_value, draws, network, seed)
+
+        def draw(name: str, trained: Tensor, step: str) -> Tensor:
+            return draws.of(network, name, trained, seed, step)
+
         yield Walk(swap, steps(stages, order), draw, reset_statistics)
-
-
-def _value(draws: Draws | Other, network: nn.Module, seed: int, name: str, trained: Tensor, step: str) -> Tensor:
-    return draws.of(network, name, trained, seed, step)

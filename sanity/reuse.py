@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,23 @@ class _Call(NamedTuple):
     result: Any
 
 
-class Recording(TorchFunctionMode):
+class _Watching(TorchFunctionMode):
+    """Hands every torch function called inside to `call`, with its arguments flat, but for questions of looks."""
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        run = partial(func, *args, **(kwargs or {}))
+        if func.__name__ in _METADATA and not isinstance(known := run(), Tensor):
+            return known
+        return self.call(func, _flat(args, kwargs), run)
+
+    def call(self, func: Function, leaves: Sequence[Any], run: Callable[[], Any]) -> Any:
+        """What the network gets for a call of func, which `run` makes."""
+        raise NotImplementedError
+
+
+class Recording(_Watching):
     """Keeps the result, with its graph, of every torch function called inside.
 
     shares: of the calls kept, how many each later pass could reuse.
@@ -48,17 +65,11 @@ class Recording(TorchFunctionMode):
         self.made: set[int] = set()
         self.shares: list[float] = []
 
-    def __torch_function__(
-        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.__name__ in _METADATA:
-            known = func(*args, **(kwargs or {}))
-            if not isinstance(known, Tensor):
-                return known
-        leaves = _flat(args, kwargs)
+    def call(self, func: Function, leaves: Sequence[Any], run: Callable[[], Any]) -> Any:
+        """Run it, and keep the result if it is made of tensors."""
         with torch._C.DisableTorchFunction():
             states = [_state(leaf) for leaf in leaves]
-        result = func(*args, **(kwargs or {}))
+        result = run()
         made = [leaf for leaf in _flat((result,)) if isinstance(leaf, Tensor)]
         if made and (any(states) or func in _DETERMINISTIC):
             self.calls.append(_Call(func, leaves, states, result))
@@ -67,7 +78,7 @@ class Recording(TorchFunctionMode):
         return result
 
 
-class Replaying(TorchFunctionMode):
+class Replaying(_Watching):
     """Answers from a recording every call whose arguments are what they were then; runs all others.
 
     Arguments are the same where they are the very same tensors in the same memory, so a call is answered only if
@@ -83,14 +94,8 @@ class Replaying(TorchFunctionMode):
         self.place = 0
         self.reused = 0
 
-    def __torch_function__(
-        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.__name__ in _METADATA:
-            known = func(*args, **(kwargs or {}))
-            if not isinstance(known, Tensor):
-                return known
-        leaves = _flat(args, kwargs)
+    def call(self, func: Function, leaves: Sequence[Any], run: Callable[[], Any]) -> Any:
+        """The recorded result, or that of running it now."""
         calls, place = self.recording.calls, self.place
         call = calls[place] if place < len(calls) and calls[place].func is func else None
         with torch._C.DisableTorchFunction():
@@ -98,7 +103,7 @@ class Replaying(TorchFunctionMode):
                 self.place, self.reused = place + 1, self.reused + 1
                 return call.result
             kept = self._kept(call, leaves)
-        result = func(*args, **(kwargs or {}))
+        result = run()
         if call is not None:
             self.place += 1
         with torch._C.DisableTorchFunction():

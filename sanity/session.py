@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
 from sanity import attributions, experiment, fingerprints, images, models, parts, similarity, stages, summary
-from sanity.blocks import predictions as read_packed
-from sanity.cells import Ledger
 from sanity.cli import HelpFormatter, add_fields, parse, plan_of, with_preset
-from sanity.cluster import Cluster, Connection, reached
+from sanity.cluster import Cluster, reached
 from sanity.command import Clock, environment
-from sanity.distributed import Crew, lacking
-from sanity.distributed import manifest as of_crew
-from sanity.engine import Engine
+from sanity.execution import Job, keep_fingerprints, spread, walk, work
 from sanity.folder import RunFolder
 from sanity.images import Images
 from sanity.models import MODELS, Classifier
-from sanity.observation import CHUNK, Seen
+from sanity.observation import CHUNK
 from sanity.plan import Plan, presets
-from sanity.randomization import ORDERS, REINITIALISERS, steps
-from sanity.records import PROTOCOL_VERSION, Array, Key, Prediction, read_unrelated
+from sanity.randomization import ORDERS, REINITIALISERS
+from sanity.records import PROTOCOL_VERSION, read_unrelated
 from sanity.report.figures import draw
-from sanity.run import draws_of, keys, prepare, run, suited_batch
+from sanity.run import prepare, suited_batch
 from sanity.stages import Stage
-from sanity.worker import Task
 
 DEFAULT_OUTPUT = "sanity_run"
 FAILED = 1
@@ -60,10 +52,13 @@ python -m sanity.gate), summary.csv and .md, verdicts.csv, run.json and figures/
 
 @dataclass(frozen=True)
 class Setting:
-    """How and where a plan is run: nothing here changes a number beyond rounding. cluster: None for this process."""
+    """How and where a plan is run: nothing here changes a number beyond rounding.
+
+    batch_size: None for what suits the device; cluster: None for this process.
+    """
 
     device: str
-    batch_size: int
+    batch_size: int | None
     output: Path
     resume: bool
     verbose: bool
@@ -144,16 +139,20 @@ def command(arguments: Sequence[str]) -> int:
     classifier = classifier.squashing() if plan.squash else classifier
     found = prepare(plan, classifier, pictures, setting.device)
     with reached(setting.cluster) if setting.cluster else nullcontext() as connection:
-        long = not setting.resume and work(plan, pictures, found, frozenset()) >= LONG
-        measure = partial(suited_batch, plan, classifier, pictures, setting.device) if long else None
-        setting = _sized(setting, values.batch_size, connection, measure)
+        if setting.batch_size is None:
+            size = usual_batch(setting.device if connection is None else connection.device)
+            if connection is None and not setting.resume and work(plan, pictures, found, frozenset()) >= LONG:
+                size = suited_batch(plan, classifier, pictures, setting.device)
+            setting = replace(setting, batch_size=size)
         folder = RunFolder(setting.output)
         header = folder.open(manifest(plan, setting, classifier, pictures, found), setting.resume)
         if header["status"] != "complete" or header.get("failures"):
-            take = walk if connection is None else partial(spread, connection)
-            said = take(plan, setting, classifier, pictures, found, folder, header["batch_size"])
+            # A run that goes on does so with the batch size that it was begun with.
+            size = header["batch_size"]
+            job = Job(plan, classifier, pictures, found, folder, setting.device, size, setting.verbose)
+            said = walk(job) if connection is None else spread(connection, job)
             if not {image for one in said["failures"] for image in one["images"]} & set(pictures.ids[:CHUNK]):
-                keep_fingerprints(plan, setting, classifier, pictures, folder, header["batch_size"])
+                keep_fingerprints(job)
             header = folder.finish({**header, **said, **clock.stamp()}, ranks(plan, pictures))
     publish(folder, header)
     return FAILED if header.get("failures") else 0
@@ -168,12 +167,11 @@ def setting_of(values: Namespace) -> Setting:
     if device not in usable or (device != "cpu" and not torch.cuda.is_available()):
         seen = torch.cuda.device_count() if torch.cuda.is_available() else "no"
         raise ValueError(f"--device {device}: torch {torch.__version__} sees {seen} GPU here; use --device cpu")
-    size = values.batch_size
-    if size == "auto":
-        size = CPU_BATCH if device == "cpu" else GPU_BATCH
-    if not str(size).isdecimal() or not 1 <= int(size) <= 10**6:
+    size = None if values.batch_size == "auto" else values.batch_size
+    if size is not None and not (str(size).isdecimal() and 1 <= int(size) <= 10**6):
         raise ValueError(f"--batch-size must be auto or a whole number from 1, not {size!r}")
-    return Setting(device, int(size), _output(values.output, values.resume), values.resume, values.verbose, cluster)
+    size = None if size is None else int(size)
+    return Setting(device, size, _output(values.output, values.resume), values.resume, values.verbose, cluster)
 
 
 def _cluster(values: Namespace) -> Cluster | None:
@@ -187,14 +185,9 @@ def _cluster(values: Namespace) -> Cluster | None:
     return None
 
 
-def _sized(setting: Setting, size: str, connection: Connection | None, measure: Callable[[], int] | None) -> Setting:
-    """The setting, with the batch size that suits the device where none was asked for; measured for a long run."""
-    if size != "auto" or (connection is None and measure is None):
-        return setting
-    if connection is None and measure is not None:
-        return replace(setting, batch_size=measure())
-    assert connection is not None
-    return replace(setting, batch_size=GPU_BATCH if connection.gpus else CPU_BATCH)
+def usual_batch(device: str) -> int:
+    """Evaluations at a time that suit most networks on a device."""
+    return CPU_BATCH if device == "cpu" else GPU_BATCH
 
 
 def _output(given: str | None, resume: bool) -> Path:
@@ -228,156 +221,6 @@ def manifest(
         "batch_size": setting.batch_size,
         **environment(),
     }
-
-
-def walk(
-    plan: Plan,
-    setting: Setting,
-    classifier: Classifier,
-    pictures: Images,
-    found: Sequence[Stage],
-    folder: RunFolder,
-    batch_size: int,
-) -> dict[str, Any]:
-    """Take the steps that are not done yet, each written before the next; a bar shows evaluations and ETA.
-
-    Returns what the manifest says of it.
-    """
-    folder.keep_pictures(illustrations(plan, classifier, pictures, found))
-    done = folder.done()
-
-    def keep(seen: Seen) -> None:
-        if seen.inputs.ids == pictures.ids[:CHUNK]:
-            fingerprints.write(folder.steps / fingerprints.FILE, fingerprints.seen_by(plan, classifier, seen))
-
-    with _bar(classifier, work(plan, pictures, found, done)) as bar:
-        for step in run(
-            plan,
-            classifier,
-            pictures,
-            found,
-            batch_size=batch_size,
-            device=setting.device,
-            done=done,
-            on_progress=bar.update,
-            on_trained=keep,
-        ):
-            folder.flush(step)
-            bar.set_postfix_str(f"{step.key.order} {step.stage}")
-            if setting.verbose:
-                for line in told(step.predictions):
-                    tqdm.write(line)
-    return {"failures": []}
-
-
-def spread(
-    connection: Connection,
-    plan: Plan,
-    setting: Setting,
-    classifier: Classifier,
-    pictures: Images,
-    found: Sequence[Stage],
-    folder: RunFolder,
-    batch_size: int,
-) -> dict[str, Any]:
-    """Let workers take the steps that are not done yet, each written as it comes; one bar for all of them.
-
-    Returns what the manifest says of it. Cells that fail are tried again, and at last left out.
-    """
-    folder.keep_pictures(illustrations(plan, classifier, pictures, found))
-    done = folder.done()
-    ledger = Ledger(lacking(plan, found, pictures, done))
-    task = Task(plan, classifier, found, draws_of(plan), batch_size, connection.device, connection.threads)
-    total = work(plan, pictures, found, done)
-    with _bar(classifier, total) as bar:
-        crew = Crew(connection, task, pictures, ledger, lambda crew: bar.set_postfix_str(_state(crew), refresh=False))
-        bar.set_postfix_str(_state(crew))
-        for packet in crew.run():
-            folder.write(packet.files)
-            # A chunk's trained maps are made anew by each worker that joins in: work, but not of the plan.
-            bar.update(min(packet.evaluations, total - bar.n))
-            if setting.verbose:
-                for line in told(read_packed(packet.files)):
-                    tqdm.write(line)
-    if ledger.failures and not folder.blocks():
-        raise ValueError(f"every cell failed {ledger.attempts} times: {ledger.failures[0].reason}")
-    return of_crew(crew)
-
-
-def _state(crew: Crew) -> str:
-    ledger = crew.ledger
-    failed = f", {len(ledger.failures)} failed" if ledger.failures else ""
-    return f"cells {ledger.finished}/{ledger.total}{failed}, workers {crew.present}"
-
-
-def _bar(classifier: Classifier, total: int) -> tqdm[Any]:
-    return tqdm(
-        total=total,
-        unit=" gradients",
-        unit_scale=True,
-        smoothing=0.05,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
-        desc=f"{classifier.name}{'' if classifier.trained else ' (untrained)'}",
-    )
-
-
-def keep_fingerprints(
-    plan: Plan, setting: Setting, classifier: Classifier, pictures: Images, folder: RunFolder, batch_size: int
-) -> None:
-    """Write the trained network's maps in short, for `python -m sanity.gate`; an interrupted run takes them anew."""
-    run_saw = fingerprints.read(folder.steps / fingerprints.FILE)
-    with tqdm(
-        total=fingerprints.cost(plan, pictures, run_saw),
-        unit=" gradients",
-        unit_scale=True,
-        leave=False,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
-        desc="fingerprints of the trained maps",
-    ) as bar:
-        found = fingerprints.fingerprints(
-            plan,
-            classifier,
-            pictures,
-            batch_size=batch_size,
-            device=setting.device,
-            on_progress=bar.update,
-            run_saw=run_saw,
-        )
-    fingerprints.write(folder.path / fingerprints.FILE, found)
-
-
-def work(plan: Plan, pictures: Images, found: Sequence[Stage], done: frozenset[Key]) -> int:
-    """Network evaluations still to be made."""
-    engine, total = Engine(plan.explainers(), 1), 0
-    for number, start in enumerate(range(0, len(pictures), CHUNK)):
-        size = min(CHUNK, len(pictures) - start)
-        pending = [key for key in keys(plan, found, number) if key not in done]
-        if pending:
-            looks = 1 + sum(key.stage_index > 0 for key in pending)
-            total += size * (engine.cost * looks + engine.fresh().cost)
-    return total
-
-
-def illustrations(plan: Plan, classifier: Classifier, pictures: Images, found: Sequence[Stage]) -> dict[str, Array]:
-    """What strips show beside the maps: stage names of each order, and the pictures as the network sees them."""
-    shown: dict[str, Array] = {}
-    for order in plan.orders:
-        shown[f"stages/{order}"] = np.array([stage.name for stage, _ in steps(found, order)])
-    for picture in () if plan.hide_pictures else pictures.pictures[: plan.strips]:
-        pixels = picture.load(classifier.preprocess)
-        low, high = pixels.amin(), pixels.amax()
-        grey = ((pixels - low) / (high - low).clamp(min=1e-12) * 255).round().byte()
-        shown[f"pictures/{picture.id}"] = grey.expand(3, -1, -1).permute(1, 2, 0).numpy()
-    return shown
-
-
-def told(predictions: Iterable[Prediction]) -> list[str]:
-    """One line a picture: what the network says at this stage."""
-    return [
-        f"{p.order} {p.stage_index:>2} {p.stage:<16} {p.image}: {p.top1_name} {p.top1_probability:.4f}"
-        f" (explained class {p.target}: {p.target_probability:.4f})" + ("" if p.finite else "  logits not finite")
-        for p in predictions
-    ]
 
 
 def ranks(plan: Plan, pictures: Images) -> dict[str, Sequence[object]]:

@@ -108,18 +108,24 @@ FAST: Mapping[tuple[str, str], Mapping[str, Any]] = {
         "weight_decay": 1e-3,
     },
     ("mlp", "true"): {"epochs": 20, "batch_size": 128, "learning_rate": 5e-4, "schedule": "cosine"},
-    ("cnn", "permuted"): {"epochs": 50, "batch_size": 100, "learning_rate": 2e-4, "schedule": "linear"},
+    ("cnn", "permuted"): {"epochs": 30, "batch_size": 100, "learning_rate": 4e-4, "schedule": "linear"},
     ("mlp", "permuted"): {"epochs": 30, "batch_size": 128, "learning_rate": 3e-4, "schedule": "linear"},
 }
-"""What went up fastest of what was tried on a processor, with bfloat16."""
+"""What went up fastest of what was tried on a processor, in the number format that it multiplies fastest."""
 
 
 def recipe(data: str, model: str, labels: str = "true", published: bool = False, **changes: Any) -> Recipe:
     """Recipe with its goal, fast or as published; `changes` win. ValueError for unknown names."""
     Recipe(data, model, labels)
     goal = GOALS[data, model] if labels == "true" else MEMORISED
-    ways = {} if published else {"precision": "bfloat16", **FAST[model, labels]}
+    ways = {} if published else {"precision": fast_precision(), **FAST[model, labels]}
     return Recipe(data, model, labels, **{"goal": goal, **ways, **changes})
+
+
+def fast_precision() -> str:
+    """The number format in which this processor multiplies fastest; many emulate bfloat16, at a third of the speed."""
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return "bfloat16" if any(getattr(torch.cpu, name, bool)() for name in asked) else "float32"
 
 
 # --- data

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# One thread suffices for networks this small: more of them mostly wait for one another. Also for what tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sanity  # noqa: F401  (before torch: it sets how OpenMP waits)
 

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from sanity import attributions, models
 from sanity.attributions import Inputs
+from sanity.attributions.base import Sees
 from sanity.engine import Answer, Engine, State, gradients, predict, record
 from sanity.randomization import Draws, guarded, randomized, reinitialiser
 from sanity.reuse import CannotReuseError
@@ -128,14 +129,17 @@ def test_only_what_lies_above_the_lowest_random_stage_is_run() -> None:
     assert shares("bottom_up") == [6, 0, 0, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", ["inception_v3", "efficientnet_lite0", "resnet18", "densenet", "vision_transformer"])
-def test_real_networks_are_really_reused(name: str) -> None:
-    network, x = made(name), grid(NETWORKS[name][1])
+def test_real_networks_are_really_reused(name: str, dtype: torch.dtype) -> None:
+    network, x = made(name), grid(NETWORKS[name][1]).to(dtype)
     rule = attributions.find("gradient").rule
-    stages = derived(network, x[:1])
-    with guarded(network), randomized(network, stages, "cascading", 0, Draws(reinitialiser("normal:1"))) as walk:
+    with guarded(network, dtype=dtype):
+        stages = derived(network, x[:1])
+    draws = Draws(reinitialiser("normal:1"))
+    with guarded(network, dtype=dtype), randomized(network, stages, "cascading", 0, draws) as walk:
         engine = Engine([], 2)
-        folded = engine._folded(network, Inputs(x, torch.tensor([0, 0]), ("a", "b")))
+        folded = engine._fast(network, Inputs(x, torch.tensor([0, 0]), ("a", "b")))[Sees.LOGITS]
         points = x.clone().requires_grad_()
         recording = record(folded, points, x, rule)
         for index in (0, 1, len(walk) - 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -73,6 +74,14 @@ class Method:
 Context = Callable[[nn.Module, Tensor, Tensor], AbstractContextManager[object]]
 
 
+class Sees(Enum):
+    """How much of a network a rule looks at; what it does not see may be run in any other way."""
+
+    LOGITS = "logits"
+    RECTIFIERS = "rectifiers"
+    LAYERS = "layers"
+
+
 @dataclass(frozen=True)
 class Rule:
     """How the backward pass is taken.
@@ -80,19 +89,19 @@ class Rule:
     context(network, points, images), both (N, C, H, W), gives the context in which the network is then run
     forward once, at `points`; images are the pictures that the points belong to. name tells rules apart:
     methods whose rules have one name share evaluations. finite: the rule looks at differences of a
-    rectifier's outputs, not at its derivative. layered: it looks at every linear layer, so that none may
-    be folded into another. replayable: it acts on each call by itself, so that calls it saw before need not be
-    made again.
+    rectifier's outputs, not at its derivative. sees: what must be called as the network calls it: a BatchNorm
+    may be folded into a convolution only where layers are not seen. replayable: it acts on each call by itself, so
+    that calls it saw before need not be made again.
     """
 
     name: str
     context: Context = lambda network, points, images: nullcontext()
     finite: bool = False
-    layered: bool = False
+    sees: Sees = Sees.RECTIFIERS
     replayable: bool = False
 
 
-PLAIN = Rule("plain", replayable=True)
+PLAIN = Rule("plain", sees=Sees.LOGITS, replayable=True)
 
 
 @dataclass(frozen=True)
@@ -138,12 +147,12 @@ class GradientMethod(Method):
 class FunctionMethod(Method):
     """A method that is not a combination of gradients: `call(network, inputs, **options) -> (N, C or 1, H, W)`.
 
-    folds: looks at the network's logits only, so it may be given one whose BatchNorms are folded.
+    sees: what it looks at; a network that need only give the same logits may be run in any other way.
     """
 
     call: Callable[..., Tensor] = field(kw_only=True)
     evaluations: Callable[[Mapping[str, Option]], int] = field(kw_only=True)
-    folds: bool = False
+    sees: Sees = Sees.LAYERS
 
     def __post_init__(self) -> None:
         self.evaluations(self.options)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sanity.attributions.base import GradientMethod, Option, Rule
+from sanity.attributions.base import GradientMethod, Option, Rule, Sees
 from sanity.attributions.gradients import PIXELS, times_input
 from sanity.attributions.rectifiers import is_rectifier, of_numbers, replaced, ruled
 from sanity.attributions.survey import Function, survey, varying
@@ -114,7 +114,7 @@ def _epsilon(options: Mapping[str, Option]) -> Rule:
     epsilon = float(options["epsilon"])
     if not 0 < epsilon < float("inf"):
         raise ValueError(f"epsilon must be finite and above 0, not {epsilon}")
-    return Rule(f"LRP epsilon={epsilon}", lambda network, points, images: _Epsilon(epsilon), layered=True)
+    return Rule(f"LRP epsilon={epsilon}", lambda network, points, images: _Epsilon(epsilon), sees=Sees.LAYERS)
 
 
 # --- DeepLIFT

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sanity.attributions.base import FunctionMethod, Inputs, Option, explained, logits_of
+from sanity.attributions.base import FunctionMethod, Inputs, Option, Sees, explained, logits_of
 from sanity.streams import stream
 
 
@@ -104,7 +104,7 @@ OCCLUSION = FunctionMethod(
     options={"positions": 14, "window": 0.15},
     call=occlusion,
     evaluations=_squares,
-    folds=True,
+    sees=Sees.LOGITS,
 )
 RISE = FunctionMethod(
     "rise",
@@ -113,5 +113,5 @@ RISE = FunctionMethod(
     options={"masks": 4000, "cells": 7, "probability": 0.5},
     call=rise,
     evaluations=_masks,
-    folds=True,
+    sees=Sees.LOGITS,
 )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sanity.attributions.base import FunctionMethod, Inputs, Option
+from sanity.attributions.base import FunctionMethod, Inputs, Option, Sees
 from sanity.attributions.descent import DESCENTS, Descent
 from sanity.attributions.masks import (
     DEFAULT,
@@ -204,5 +204,5 @@ MEANINGFUL_PERTURBATION = FunctionMethod(
     options=asdict(DEFAULT),
     call=meaningful_perturbation,
     evaluations=lambda options: int(options["steps"]),
-    folds=True,
+    sees=Sees.LOGITS,
 )

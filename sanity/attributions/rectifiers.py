@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sanity.attributions.base import GradientMethod, Method, Option, Rule
+from sanity.attributions.base import GradientMethod, Method, Option, Rule, Sees
 from sanity.attributions.gradients import PIXELS, mean_gradient
 from sanity.attributions.survey import Function, survey
+from sanity.convolution import Clip
 
 _RELUS = {
     torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu, F.relu_, F.relu6,
@@ -56,6 +57,16 @@ def is_rectifier(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any
     if func in _THRESHOLDS:
         return argument(1, "threshold") == 0 and argument(2, "value") == 0
     return False
+
+
+def clip_of(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Clip | None:
+    """What a ReLU, ReLU6 or hardtanh from 0 clips to; None for every other call."""
+    if func not in _RELUS | _CLIPS or not is_rectifier(func, args, kwargs):
+        return None
+    if func is F.relu6:
+        return Clip(0.0, 6.0)
+    high = kwargs.get("max_val", args[2] if len(args) > 2 else 1.0) if func in _CLIPS else math.inf
+    return Clip(0.0, float(high))
 
 
 def replaced(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], act: Act, spare: bool = True) -> Tensor:
@@ -250,7 +261,8 @@ def _frozen(rule: Rule, p: float, mask: str) -> Rule:
                 "path depends on its input cannot be frozen"
             )
 
-    return Rule(f"{rule.name}, frozen p={p} mask={mask}", context, rule.finite, rule.layered)
+    sees = Sees.LAYERS if rule.sees is Sees.LAYERS else Sees.RECTIFIERS
+    return Rule(f"{rule.name}, frozen p={p} mask={mask}", context, rule.finite, sees)
 
 
 def frozen(method: Method) -> GradientMethod:
