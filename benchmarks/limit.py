@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
 from sanity import engine, observation
 from sanity.attributions.base import PLAIN, logits_of
@@ -57,6 +57,14 @@ class Counter(TorchDispatchMode):
 
 
 METHODS = ("gradient", "smoothgrad", "gradient_x_input", "guided_backprop", "integrated_gradients")
+
+
+@register_flop_formula(torch.ops.mkldnn._convolution_pointwise)
+def pointwise_flops(x: tuple[int, ...], weight: tuple[int, ...], *rest: Any, out_shape: Any, **more: Any) -> int:
+    """Of a convolution with what is joined to it; the backward pass takes it, too."""
+    return int(conv_flop_count(list(x), list(weight), list(out_shape)))
+
+
 FMA = r"""
 #include <immintrin.h>
 #include <stdio.h>

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from sanity import images, models
 from sanity.command import Clock, environment
 from sanity.images import Images
+from sanity.memory import hold
 from sanity.models import Classifier
 from sanity.records import write_json
 from sanity.stages import Stage, derived, grouped, written_out
@@ -44,7 +45,8 @@ def chosen(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def network(name: str, weights: str, limit: int) -> tuple[Classifier, Images]:
-    """A model with weights (FILE, pretrained or random), and bundled photographs."""
+    """A model with weights (FILE, pretrained or random), and bundled photographs; memory is held as a command does."""
+    hold()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return models.load(name, weights), images.find("bundled", limit=limit)

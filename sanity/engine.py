@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ from sanity.attributions.base import (
 )
 from sanity.attributions.gradients import PIXELS
 from sanity.folding import Folded, foldable
-from sanity.lanes import Lanes
+from sanity.lanes import ALONE, Lanes
 from sanity.memory import CANDIDATES, available, bytes_of, fastest, in_parts, tried
 from sanity.reuse import CannotReuseError, Recording, Replaying
 
@@ -38,7 +39,6 @@ SWEEP_BYTES = 3 * 2**29
 WORTH = 0.05
 """A state is run as a whole where less than this share of the network's calls could be reused."""
 
-ALONE = Lanes()
 T = TypeVar("T")
 
 
@@ -229,8 +229,9 @@ class Engine:
         said: list[dict[int, Tensor]] = [{} for _ in states]
         # States in which too little could be reused are run as a whole.
         sharing = [self.reuse and rule.replayable and len(states) > 1 for _ in states]
-        work = ((n, point) for n in range(len(inputs.ids)) for point in users)
-        while group := self._group(work, inputs):
+        work = deque((n, point) for n in range(len(inputs.ids)) for point in users)
+        while work:
+            group = self._group(work, inputs)
             if any(sharing):
                 trained()
                 self.lanes.map(lambda batch: batch.record(network, inputs, rule), group)
@@ -253,11 +254,12 @@ class Engine:
             for s, state in enumerate(states)
         ]
 
-    def _group(self, work: Iterator[tuple[int, Point]], inputs: Inputs) -> list[_Batch]:
-        """The next micro-batches, one a lane."""
+    def _group(self, work: deque[tuple[int, Point]], inputs: Inputs) -> list[_Batch]:
+        """The next micro-batches, one a lane; the last of the work is shared evenly."""
+        size = min(self.batch_size, math.ceil(len(work) / self.lanes.count))
         group = []
         for _ in range(self.lanes.count):
-            if batch := list(islice(work, self.batch_size)):
+            if batch := [work.popleft() for _ in range(min(size, len(work)))]:
                 group.append(_Batch(batch, torch.stack([self._at(point, inputs, n) for n, point in batch])))
         return group
 

@@ -38,6 +38,10 @@ class Lanes:
             self._pool = None
 
 
+ALONE = Lanes()
+"""One after the other, in the thread that asks."""
+
+
 def _pool(count: int) -> ThreadPoolExecutor:
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, "sanity-lane", lambda: torch.set_num_threads(max(1, threads // count)))

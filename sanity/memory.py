@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -17,6 +18,25 @@ GAIN = 0.03
 """A larger micro-batch must be faster than a smaller one by this much."""
 
 T = TypeVar("T")
+
+
+MALLOC = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**26)}
+"""Numbers of glibc's malloc.h, and what they are set to: one heap for all threads, from which nothing is given back."""
+
+
+def hold() -> bool:
+    """Let this process keep the memory that it frees: otherwise the system maps every large activation anew, by pages.
+
+    Done by the commands, whose process is theirs, and never by `sanity.check`. Returns whether the C library is one
+    that can be told: glibc.
+    """
+    try:
+        told = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    # All of them, whatever the first one answers.
+    answers = [told(*pair) for pair in MALLOC.values()]
+    return all(answers)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,6 +17,7 @@ from sanity import maps, similarity
 from sanity.attributions import Inputs
 from sanity.engine import Engine, State, predict
 from sanity.images import Images
+from sanity.lanes import ALONE, Lanes
 from sanity.models import Classifier
 from sanity.plan import Plan
 from sanity.randomization import Visit, Walk, guarded
@@ -96,6 +97,8 @@ def first_look(engine: Engine, plan: Plan, classifier: Classifier, chunk: Images
 
 def second_look(engine: Engine, network: nn.Module, trained: Seen) -> Seen:
     """Let the methods that draw anew at every occasion draw a second time; all others would repeat themselves."""
+    if not engine.fresh().methods:
+        return trained
     inputs = replace(trained.inputs, occasion="trained again")
     return replace(trained, inputs=inputs, maps={**trained.maps, **engine.fresh().explain(network, inputs)})
 
@@ -145,26 +148,34 @@ def explained(target: str, logits: Tensor, chunk: Images) -> Tensor:
     return torch.tensor(labels, device=logits.device)
 
 
-def describe(plan: Plan, seen: Seen) -> Descriptions:
+def describe(plan: Plan, seen: Seen, lanes: Lanes = ALONE) -> Descriptions:
     """Describe every method's maps for every similarity of the plan; foreground: pixels that are not baseline, 0."""
     foreground = seen.inputs.pixels.ne(0).any(1)
-    return {
-        (method, name): similarity.get(name).describe(found, foreground)
-        for method, found in seen.maps.items()
-        for name in plan.similarities
-    }
+    pairs = [(method, name) for method in seen.maps for name in plan.similarities]
+    found = lanes.map(lambda pair: similarity.get(pair[1]).describe(seen.maps[pair[0]], foreground), pairs)
+    return dict(zip(pairs, found, strict=True))
 
 
-def compare(plan: Plan, classifier: Classifier, key: Key, visit: Visit, originals: Descriptions, seen: Seen) -> Step:
+def compare(
+    plan: Plan,
+    classifier: Classifier,
+    key: Key,
+    visit: Visit,
+    originals: Descriptions,
+    seen: Seen,
+    lanes: Lanes = ALONE,
+) -> Step:
     """Score a visit's maps against the trained network's, and note what the network says now."""
-    described = describe(plan, seen)
+    described = describe(plan, seen, lanes)
     place = (classifier.name, key.order, key.seed, key.stage_index, visit.stage.name)
     targets = seen.inputs.targets.tolist()
 
     def scored(others: Descriptions) -> list[Score]:
         found = []
-        for (method, name), description in others.items():
-            values, status = similarity.compare(similarity.get(name), originals[method, name], description)
+        compared = lanes.map(
+            lambda pair: similarity.compare(similarity.get(pair[1]), originals[pair], others[pair]), list(others)
+        )
+        for (method, name), (values, status) in zip(others, compared, strict=True):
             for image, target, value, why in zip(seen.inputs.ids, targets, values.tolist(), status, strict=True):
                 found.append(Score(*place, method, name, image, target, value, why))
         return found

@@ -84,7 +84,7 @@ class Baseline:
 def baseline(engine: Engine, plan: Plan, classifier: Classifier, chunk: Images, device: str) -> Baseline:
     """Look at a chunk of images with the trained network, within `working`."""
     trained = first_look(engine, plan, classifier, chunk, device)
-    return Baseline(trained, describe(plan, trained), second_look(engine, classifier.network, trained))
+    return Baseline(trained, describe(plan, trained, engine.lanes), second_look(engine, classifier.network, trained))
 
 
 def walk(
@@ -102,10 +102,10 @@ def walk(
     with randomized(network, stages, cell.order, cell.seed, source, plan.batchnorm == "reset") as visits:
         first, *others = [Key(*cell, index) for index in range(len(visits))]
         if first not in done:
-            yield compare(plan, classifier, first, visits.enter(0), base.originals, base.control)
+            yield compare(plan, classifier, first, visits.enter(0), base.originals, base.control, engine.lanes)
         pending = [key for key in others if key not in done]
         for key, visit, seen in look_through(engine, plan, network, base.trained, visits, pending):
-            yield compare(plan, classifier, key, visit, base.originals, seen)
+            yield compare(plan, classifier, key, visit, base.originals, seen, engine.lanes)
 
 
 def keys(plan: Plan, stages: Sequence[Stage], chunk: int) -> list[Key]:

@@ -19,6 +19,7 @@ from sanity.command import Clock, environment
 from sanity.execution import Job, keep_fingerprints, spread, walk, work
 from sanity.folder import RunFolder
 from sanity.images import Images
+from sanity.memory import hold
 from sanity.models import MODELS, Classifier
 from sanity.observation import CHUNK
 from sanity.plan import Plan, presets
@@ -134,6 +135,7 @@ def command(arguments: Sequence[str]) -> int:
     for training in trainings:
         training.ensure()
     clock = Clock()
+    hold()
     pictures = images.find(plan.images, skip_bad=plan.skip_bad_images, limit=plan.limit)
     classifier = models.load(plan.model, plan.weights)
     classifier = classifier.squashing() if plan.squash else classifier

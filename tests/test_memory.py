@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -106,3 +108,22 @@ def test_a_real_network_is_measured(awkward: nn.Module, pictures: Tensor, monkey
         assert engine.best_batch(awkward, pictures[:1]) in memory.CANDIDATES["cpu"]
         monkeypatch.setattr(engine, "available", lambda device: 1)
         assert engine.best_batch(awkward, pictures[:1]) == 1
+
+
+def test_memory_that_was_freed_is_kept_where_the_c_library_can_be_told() -> None:
+    """In a process of its own: large blocks, freed and taken again, are not mapped anew."""
+    program = """
+import resource, sanity, torch
+from sanity.memory import hold
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(48 * 2**20 // 4)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), hold(), faults() * 0 + faults())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    before, told, after = done.stdout.split()
+    if told == "False":
+        pytest.skip("this C library cannot be told")
+    assert int(after) < int(before) / 5
