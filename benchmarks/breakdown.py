@@ -1,0 +1,119 @@
+"""What bounds a run? Seconds by what they are spent on, and the operations of one micro-batch.
+
+    python benchmarks/breakdown.py                                   EfficientNet-Lite0
+    python benchmarks/breakdown.py --model inception_v3 --weights FILE.pth
+
+Cascading randomization with the methods of vs_peers.py. Seconds of `gradients` and `record` are of all lanes together,
+those of the others lie outside network evaluations; waiting is what the lanes have left of wall time. Writes
+results/benchmarks/breakdown_MODEL/.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import measuring
+import pandas as pd
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from sanity import engine, observation, randomization
+from sanity import run as running
+from sanity.attributions.base import PLAIN
+from sanity.command import Clock
+from sanity.engine import gradients
+from sanity.folding import Folded, foldable
+from sanity.observation import load
+from sanity.plan import Plan
+from sanity.randomization import guarded
+from sanity.run import run
+
+METHODS = ("gradient", "smoothgrad", "integrated_gradients", "guided_backprop")
+WATCHED: tuple[tuple[Any, str, str], ...] = (
+    (engine, "gradients", "gradients, all lanes"),
+    (engine, "record", "recording the trained pass, all lanes"),
+    (engine._Sums, "add", "sums"),
+    (engine.Engine, "_group", "points"),
+    (engine, "foldable", "looking for what can be joined"),
+    (observation, "predict", "predictions"),
+    (running, "describe", "similarities"),
+    (running, "compare", "similarities"),
+    (randomization.Draws, "of", "drawing weights"),
+)
+
+
+@contextmanager
+def watched(seconds: dict[str, float]) -> Iterator[None]:
+    """Add up the seconds of WATCHED."""
+
+    def timed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds[name] += time.perf_counter() - start
+
+        return call
+
+    with ExitStack() as stack:
+        for place, name, words in WATCHED:
+            stack.enter_context(mock.patch.object(place, name, timed(getattr(place, name), words)))
+        yield
+
+
+def operations(network: torch.nn.Module, points: torch.Tensor, rounds: int = 3) -> pd.DataFrame:
+    """Share of the processor's time of each operation of a micro-batch, in this thread."""
+    targets = torch.zeros(len(points), dtype=torch.int64)
+    gradients(network, points, points, targets, PLAIN)
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        for _ in range(rounds):
+            gradients(network, points, points, targets, PLAIN)
+    rows = [(event.key, event.count // rounds, event.self_cpu_time_total) for event in found.key_averages()]
+    table = pd.DataFrame(rows, columns=["operation", "calls", "share"])
+    table["share"] /= table["share"].sum()
+    return table.sort_values("share", ascending=False).head(12)
+
+
+def main() -> None:
+    numbers = {"images": 1, "samples": 20, "batch_size": 8}
+    parser = measuring.parser(__doc__, "efficientnet_lite0", "pretrained", **numbers)
+    options = parser.parse_args()
+    clock = Clock()
+    classifier, pictures = measuring.network(options.model, options.weights, options.images)
+    plan = Plan(methods=METHODS, samples=options.samples)
+    example = load(classifier, pictures, plan, "cpu")[:1]
+    stages = measuring.stages_of(classifier, example, None)
+    seconds: dict[str, float] = defaultdict(float)
+    threads = torch.get_num_threads()
+    with watched(seconds):
+        start = time.perf_counter()
+        for _ in run(plan, classifier, pictures, stages, batch_size=options.batch_size):
+            pass
+        wall = time.perf_counter() - start
+    lanes = sum(value for name, value in seconds.items() if "lanes" in name)
+    outside = sum(value for name, value in seconds.items() if "lanes" not in name)
+    seconds["waiting for another lane, and the rest"] = wall - lanes / threads - outside
+    table = pd.DataFrame({"what": list(seconds), "seconds": list(seconds.values())})
+    lane = table["what"].str.contains("all lanes")
+    table["share of wall"] = table["seconds"] / wall / lane.map({True: threads, False: 1})
+    torch.set_num_threads(1)
+    points = example.expand(options.batch_size, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+    with guarded(classifier.network):
+        folded = Folded(classifier.network, foldable(classifier.network, example)).clipping()
+        kernels = operations(folded, points)
+    words = [
+        f"{classifier.name}, {len(pictures)} photographs, {len(stages)} stages cascading, {', '.join(METHODS)}, "
+        f"{options.samples} samples, {options.batch_size} evaluations at a time, {threads} lanes; {wall:.1f} s."
+    ]
+    tables = {"seconds": table.sort_values("share of wall", ascending=False), "operations": kernels}
+    measuring.publish(f"breakdown_{classifier.name}", tables, words, clock, options=measuring.chosen(options))
+
+
+if __name__ == "__main__":
+    main()
