@@ -3,8 +3,8 @@
     python benchmarks/breakdown.py                                   EfficientNet-Lite0
     python benchmarks/breakdown.py --model inception_v3 --weights FILE.pth
 
-Cascading randomization with the methods of vs_peers.py. Seconds of `gradients` and `record` are of all lanes together,
-those of the others lie outside network evaluations; waiting is what the lanes have left of wall time. Writes
+Cascading randomization with the methods of vs_peers.py. What lanes do counts for all of them together; waiting is what
+all of it leaves of the wall time. Writes
 results/benchmarks/breakdown_MODEL/.
 """
 
@@ -32,13 +32,14 @@ from sanity.observation import load
 from sanity.plan import Plan
 from sanity.randomization import guarded
 from sanity.run import run
+from sanity.sums import Sums
 
 METHODS = ("gradient", "smoothgrad", "integrated_gradients", "guided_backprop")
 WATCHED: tuple[tuple[Any, str, str], ...] = (
     (engine, "gradients", "gradients, all lanes"),
     (engine, "record", "recording the trained pass, all lanes"),
-    (engine._Sums, "add", "sums"),
-    (engine.Engine, "_group", "points"),
+    (Sums, "add", "sums, all lanes"),
+    (engine.Engine, "take", "points, all lanes"),
     (engine, "foldable", "looking for what can be joined"),
     (observation, "predict", "predictions"),
     (running, "describe", "similarities"),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
+from threading import Lock
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -20,7 +21,6 @@ from sanity.attributions.base import (
     GradientMethod,
     Inputs,
     Method,
-    Moments,
     Point,
     Rule,
     Sees,
@@ -31,6 +31,8 @@ from sanity.folding import Folded, foldable
 from sanity.lanes import ALONE, Lanes
 from sanity.memory import CANDIDATES, available, bytes_of, fastest, in_parts, tried
 from sanity.reuse import CannotReuseError, Recording, Replaying
+from sanity.substitution import Substituting, stand_ins, substituted
+from sanity.sums import Sums, attribution
 
 CACHE_BYTES = 2**30
 """Noise and path points of one chunk of images are kept between stages up to this much memory."""
@@ -43,10 +45,23 @@ T = TypeVar("T")
 
 
 class State(NamedTuple):
-    """One way the network's weights may stand: enter() puts them so, inputs are what is explained then."""
+    """One way the network's weights may stand: enter() puts them so, inputs are what is explained then.
+
+    values: by name, the parameters and buffers that differ from the trained network's; where they are not told, states
+    are gone through in one thread.
+    """
 
     enter: Callable[[], object]
     inputs: Inputs
+    values: Mapping[str, Tensor] | None = None
+
+
+class _Evaluation(NamedTuple):
+    """A gradient to be taken in every state: under a rule, of image n, at a point."""
+
+    rule: Rule
+    n: int
+    point: Point
 
 
 class Answer(NamedTuple):
@@ -86,8 +101,8 @@ class Engine:
     batch_size is the number of network evaluations taken at a time; results do not depend on it beyond
     rounding, because each image's points are combined in a fixed order in float64. With fold, gradients are
     taken through BatchNorms folded into the convolutions before them; with reuse, a sweep through several
-    states of the network repeats nothing that comes before the first changed parameter. lanes: micro-batches taken
-    side by side, for networks whose forward pass keeps nothing in the network.
+    states of the network repeats nothing that comes before the first changed parameter. lanes: shares of the work done
+    side by side, each through all states at its own pace, for networks whose forward pass keeps nothing in the network.
     on_progress(evaluations) is told after each step how many evaluations an image were done.
     """
 
@@ -105,6 +120,7 @@ class Engine:
         self.on_progress = on_progress
         self.fold, self.reuse, self.lanes = fold, reuse, lanes
         self._folds: dict[nn.Module, Mapping[Sees, nn.Module]] = {}
+        self._telling = Lock()
         self._points: dict[tuple[Point, str, int], Tensor] = {}
         self._chunk: tuple[str, ...] = ()
 
@@ -121,8 +137,10 @@ class Engine:
 
     def capacity(self, inputs: Inputs) -> int:
         """Number of states to be swept through together, so that their sums and maps fit into SWEEP_BYTES."""
-        pixels = inputs.pixels.numel()
-        sums = sum(8 * (1 + method.spread) for method in self._combining)
+        pixels, images = inputs.pixels.numel(), len(inputs.ids)
+        # Lanes that share an image have sums of it each.
+        shared = (images + self.lanes.count - 1) / images
+        sums = math.ceil(shared * sum(8 * (1 + method.spread) for method in self._combining))
         maps = inputs.pixels.element_size() * len(self.methods)
         return max(1, SWEEP_BYTES // max(1, pixels * (sums + maps)))
 
@@ -135,7 +153,7 @@ class Engine:
 
         Raises ValueError if a method's map has another shape.
         """
-        return self.sweep(network, [State(lambda: None, inputs)])[0].maps
+        return self.sweep(network, [State(lambda: None, inputs, {})])[0].maps
 
     def sweep(
         self, network: nn.Module, states: Sequence[State], trained: Callable[[], object] = lambda: None
@@ -147,29 +165,26 @@ class Engine:
         inputs = states[0].inputs
         if inputs.ids != self._chunk:
             self._chunk, self._points = inputs.ids, {}
-        found: list[dict[str, Tensor]] = [{} for _ in states]
-        logits: list[Tensor | None] = [None for _ in states]
         fast = self._fast(network, inputs)
-        for rule in {method.rule.name: method.rule for method in self._combining}.values():
-            answers = self._combine(fast[rule.sees], states, rule, trained)
-            for n, (maps, said) in enumerate(answers):
-                found[n] |= maps
-                logits[n] = said if logits[n] is None else logits[n]
+        found = self._combine(network, fast, states, trained)
         functions = [method for method in self.methods if isinstance(method, FunctionMethod)]
         for n, state in enumerate(states if functions else ()):
             state.enter()
             for method in functions:
-                found[n][method.name] = self._call(method, fast[method.sees], state.inputs)
+                seen = network if method.sees is Sees.LAYERS else fast[method.sees]
+                found[n].maps[method.name] = self._call(method, seen, state.inputs)
         order = [method.name for method in self.methods]
-        return [Answer({name: maps[name] for name in order}, said) for maps, said in zip(found, logits, strict=True)]
+        return [Answer({name: one.maps[name] for name in order}, one.logits) for one in found]
 
     def _fast(self, network: nn.Module, inputs: Inputs) -> Mapping[Sees, nn.Module]:
         """The network as it may be run under rules that see more and more of it."""
-        if not self.fold:
-            return dict.fromkeys(Sees, network)
         if network not in self._folds:
-            folded = Folded(network, foldable(network, inputs.pixels[:1]))
-            self._folds = {network: {Sees.LOGITS: folded.clipping(), Sees.RECTIFIERS: folded, Sees.LAYERS: network}}
+            plain = Substituting(network)
+            found: dict[Sees, nn.Module] = dict.fromkeys(Sees, plain)
+            if self.fold:
+                found[Sees.RECTIFIERS] = folded = Folded(plain, foldable(network, inputs.pixels[:1]))
+                found[Sees.LOGITS] = folded.clipping()
+            self._folds = {network: found}
         return self._folds[network]
 
     def _call(self, method: FunctionMethod, network: nn.Module, inputs: Inputs) -> Tensor:
@@ -195,7 +210,7 @@ class Engine:
             edges = [min(start + size * k, count) for k in range(lanes.count + 1)]
             for parts in lanes.map(lane, [slice(a, b) for a, b in pairwise(edges) if a < b]):
                 found += parts
-            self.on_progress(method.cost * (edges[-1] - start))
+            self.tell(method.cost * (edges[-1] - start))
             start = edges[-1]
         return torch.cat(found)
 
@@ -216,54 +231,53 @@ class Engine:
         return torch.cat(found), torch.cat(logits)
 
     def _combine(
-        self, network: nn.Module, states: Sequence[State], rule: Rule, trained: Callable[[], object]
+        self,
+        network: nn.Module,
+        fast: Mapping[Sees, nn.Module],
+        states: Sequence[State],
+        trained: Callable[[], object],
     ) -> list[Answer]:
-        """Evaluate a rule's points, in every state, and combine them."""
-        methods = [method for method in self._combining if method.rule.name == rule.name]
-        users: dict[Point, list[GradientMethod]] = {}
+        """Evaluate all points under their rules, in every state, and combine them."""
+        inputs, methods = states[0].inputs, self._combining
+        users: dict[str, dict[Point, list[GradientMethod]]] = {}
         for method in methods:
             for point in method.points(method.options):
-                users.setdefault(point, []).append(method)
-        inputs = states[0].inputs
-        sums = [{m.name: _Sums(m, inputs.pixels) for m in methods} for _ in states]
-        said: list[dict[int, Tensor]] = [{} for _ in states]
-        # States in which too little could be reused are run as a whole.
-        sharing = [self.reuse and rule.replayable and len(states) > 1 for _ in states]
-        work = deque((n, point) for n in range(len(inputs.ids)) for point in users)
-        while work:
-            group = self._group(work, inputs)
-            if any(sharing):
-                trained()
-                self.lanes.map(lambda batch: batch.record(network, inputs, rule), group)
-            for s, state in enumerate(states):
-                state.enter()
-                evaluate = partial(self._evaluate, network, state.inputs, rule, sharing[s])
-                for batch, (found, logits) in zip(group, self.lanes.map(evaluate, group), strict=True):
-                    for (n, point), gradient, row in zip(batch.work, found, logits, strict=True):
-                        if rule is PLAIN and point in PIXELS:
-                            said[s][n] = row
-                        for method in users[point]:
-                            sums[s][method.name].add(n, point, gradient, inputs)
-                    self.on_progress(len(batch.work))
-                sharing[s] = sharing[s] and all(batch.share >= WORTH for batch in group)
-        return [
-            Answer(
-                {name: one.map(state.inputs) for name, one in sums[s].items()},
-                torch.stack([said[s][n] for n in range(len(inputs.ids))]) if said[s] else None,
-            )
-            for s, state in enumerate(states)
+                users.setdefault(method.rule.name, {}).setdefault(point, []).append(method)
+        rules = {method.rule.name: method.rule for method in methods}
+        work = [
+            _Evaluation(rules[name], n, point)
+            for name, points in users.items()
+            for n in range(len(inputs.ids))
+            for point in points
         ]
+        lanes = self.lanes if all(state.values is not None for state in states) else ALONE
+        trained()
+        sweep = _Sweep(self, fast, states, _standings(network, states, trained, lanes), users, lanes)
+        found = lanes.map(sweep.through, _shared_out(work, lanes.count))
+        answers = []
+        for s, state in enumerate(states):
+            sums = [lane[s] for lane in found]
+            logits = {n: row for lane in sums for n, row in lane.logits.items()}
+            answers.append(
+                Answer(
+                    {method.name: attribution(method, sums, state.inputs) for method in methods},
+                    torch.stack([logits[n] for n in range(len(inputs.ids))]) if logits else None,
+                )
+            )
+        return answers
 
-    def _group(self, work: deque[tuple[int, Point]], inputs: Inputs) -> list[_Batch]:
-        """The next micro-batches, one a lane; the last of the work is shared evenly."""
-        size = min(self.batch_size, math.ceil(len(work) / self.lanes.count))
-        group = []
-        for _ in range(self.lanes.count):
-            if batch := [work.popleft() for _ in range(min(size, len(work)))]:
-                group.append(_Batch(batch, torch.stack([self._at(point, inputs, n) for n, point in batch])))
-        return group
+    def take(self, work: deque[_Evaluation], inputs: Inputs) -> _Batch:
+        """The next micro-batch of a lane's work under one rule, which is shared evenly among them."""
+        size = math.ceil(len(work) / math.ceil(len(work) / self.batch_size))
+        batch = [work.popleft() for _ in range(size)]
+        return _Batch(batch, torch.stack([self._at(one.point, inputs, one.n) for one in batch]))
 
-    def _evaluate(
+    def tell(self, evaluations: int) -> None:
+        """Tell, from any thread, that so many evaluations were made."""
+        with self._telling:
+            self.on_progress(evaluations)
+
+    def evaluate(
         self, network: nn.Module, inputs: Inputs, rule: Rule, reuse: bool, batch: _Batch
     ) -> tuple[Tensor, Tensor]:
         """`gradients` of one micro-batch, with what is kept of the trained pass where that can be."""
@@ -292,21 +306,92 @@ def record(network: nn.Module, points: Tensor, images: Tensor, rule: Rule) -> Re
     return recording
 
 
+Standing = Callable[[], AbstractContextManager[object]]
+"""Makes a context in which the network stands as in one state."""
+
+
+def _standings(
+    network: nn.Module, states: Sequence[State], trained: Callable[[], object], lanes: Lanes
+) -> tuple[Standing, list[Standing]]:
+    """How the network is put as it was trained, where it stands now, and in every state; for this thread or for all."""
+    if lanes.count > 1:
+        values = [stand_ins(network, state.values or {}) for state in states]
+        return nullcontext, [partial(substituted, found) for found in values]
+
+    def entering(enter: Callable[[], object]) -> AbstractContextManager[object]:
+        enter()
+        return nullcontext()
+
+    return partial(entering, trained), [partial(entering, state.enter) for state in states]
+
+
+def _shared_out(work: list[_Evaluation], count: int) -> list[list[_Evaluation]]:
+    """Work in its order, cut into as many parts."""
+    edges = [len(work) * k // count for k in range(count + 1)]
+    return [work[a:b] for a, b in pairwise(edges) if a < b]
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """Through all states with one micro-batch after another; every lane goes its own way."""
+
+    engine: Engine
+    fast: Mapping[Sees, nn.Module]
+    states: Sequence[State]
+    standings: tuple[Standing, list[Standing]]
+    users: Mapping[str, Mapping[Point, Sequence[GradientMethod]]]
+    lanes: Lanes
+
+    def through(self, work: Sequence[_Evaluation]) -> list[Sums]:
+        """Sums of a lane's part of the work, state by state."""
+        found = [Sums() for _ in self.states]
+        for rule, own in groupby(work, key=lambda one: one.rule):
+            self._under(rule, list(own), found)
+        return found
+
+    def _under(self, rule: Rule, work: Sequence[_Evaluation], found: Sequence[Sums]) -> None:
+        inputs, network = self.states[0].inputs, self.fast[rule.sees]
+        users, (trained, states) = self.users[rule.name], self.standings
+        images = range(work[0].n, work[-1].n + 1)
+        for method in {m.name: m for one in work for m in users[one.point]}.values():
+            for sums in found:
+                sums.begin(method, images, inputs.pixels)
+        # States in which too little could be reused are run as a whole.
+        sharing = [self.engine.reuse and rule.replayable and len(states) > 1 for _ in states]
+        waiting = deque(work)
+        while waiting:
+            batch = self.engine.take(waiting, inputs)
+            if any(sharing):
+                with trained():
+                    batch.record(network, inputs, rule)
+            for s, standing in enumerate(states):
+                self.lanes.check()
+                with standing():
+                    answer = self.engine.evaluate(network, self.states[s].inputs, rule, sharing[s], batch)
+                for one, gradient, row in zip(batch.work, *answer, strict=True):
+                    if rule is PLAIN and one.point in PIXELS:
+                        found[s].logits[one.n] = row
+                    for method in users[one.point]:
+                        found[s].add(method, one.n, one.point, gradient, inputs)
+                sharing[s] = sharing[s] and batch.share >= WORTH
+                self.engine.tell(len(batch.work))
+
+
 @dataclass
 class _Batch:
-    """A micro-batch: (image, point) one by one, the points (N, C, H, W), and what is kept of the trained pass.
+    """A micro-batch: evaluations one by one, the points (N, C, H, W), and what is kept of the trained pass.
 
     share: of the calls kept, how many the last state could reuse.
     """
 
-    work: list[tuple[int, Point]]
+    work: list[_Evaluation]
     points: Tensor
     recording: Recording | None = None
     share: float = 0.0
 
     def mates(self, inputs: Inputs) -> Inputs:
         """The images that the points belong to, one a point."""
-        owners = [n for n, _ in self.work]
+        owners = [one.n for one in self.work]
         return Inputs(inputs.pixels[owners], inputs.targets[owners], tuple(inputs.ids[n] for n in owners))
 
     def record(self, network: nn.Module, inputs: Inputs, rule: Rule) -> None:
@@ -327,30 +412,6 @@ class _Batch:
         else:
             self.share = self.recording.shares[-1]
         return found
-
-
-class _Sums:
-    """A method's gradients at its points, and their squares where it asks for them, summed up in float64."""
-
-    def __init__(self, method: GradientMethod, pixels: Tensor) -> None:
-        self.method = method
-        self.total = torch.zeros((1 + method.spread, *pixels.shape), dtype=torch.float64, device=pixels.device)
-
-    def add(self, n: int, point: Point, gradient: Tensor, inputs: Inputs) -> None:
-        """Add image n's gradient (C, H, W) at a point."""
-        value = gradient
-        if self.method.weigh is not None:
-            value = value.double() * self.method.weigh(point, inputs.pixels[n], inputs.ids[n], inputs.seed)
-        # float32 is added to float64 as it is read: no copy is made.
-        self.total[0, n] += value
-        if self.method.spread:
-            self.total[1, n] += value.double().square()
-
-    def map(self, inputs: Inputs) -> Tensor:
-        """The method's attribution of all images (N, C, H, W)."""
-        mean = self.total / self.method.cost
-        moments = Moments(mean[0], mean[1] if self.method.spread else None)
-        return self.method.combine(inputs, moments).to(inputs.pixels)
 
 
 def part_of(inputs: Inputs, start: int, stop: int) -> Inputs:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from sanity.attributions.rectifiers import clip_of
 from sanity.convolution import Clip, Kernel, convolve, geometry, pad, suits
+from sanity.substitution import instead
 
 _CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 BatchNorm = nn.modules.batchnorm._NormBase
@@ -29,7 +30,7 @@ class Joined(NamedTuple):
     norm: an evaluating BatchNorm; clip: a rectifier, after the norm if there is one.
     """
 
-    norm: nn.Module | None = None
+    norm: BatchNorm | None = None
     clip: Clip | None = None
 
 
@@ -157,6 +158,9 @@ class _Fold(TorchFunctionMode):
         return out
 
 
+_OF_NORM = ("running_mean", "running_var", "weight", "bias")
+
+
 class _Weights:
     """Kernels, folded or not, kept as long as what they were made of is still the same memory, unwritten."""
 
@@ -165,16 +169,19 @@ class _Weights:
         self._bytes = 0
         self._lock = Lock()
 
-    def of(self, weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> Kernel:
+    def of(self, weight: Tensor, bias: Tensor | None, norm: BatchNorm | None) -> Kernel:
         """Kernel of a convolution with the norm folded into it, the very same one whenever the sources are."""
         # One thread folds: another would make tensors of its own, and what was kept of them could not be reused.
         with self._lock, torch._C.DisableTorchFunction():
-            names = () if norm is None else ("running_mean", "running_var", "weight", "bias")
-            sources = [weight, bias, *(getattr(norm, name) for name in names)]
+            norms = () if norm is None else tuple(instead(getattr(norm, name)) for name in _OF_NORM)
+            sources = [weight, bias, *norms]
             key = tuple(None if one is None else (one.data_ptr(), one._version) for one in sources)
             if key not in self._kept:
-                with torch.no_grad():
-                    made = Kernel(weight, bias) if norm is None else Kernel(*folded(weight, bias, norm))
+                pair = weight, bias
+                if norm is not None:
+                    with torch.no_grad():
+                        pair = folded(weight, bias, *norms, eps=norm.eps)
+                made = Kernel(*pair)
                 # As it is, and packed for each direction.
                 self._bytes += 3 * made.weight.numel() * made.weight.element_size()
                 if self._bytes > CACHE_BYTES:
@@ -184,14 +191,23 @@ class _Weights:
             return self._kept[key][1]
 
 
-def folded(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def folded(
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    *,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution that equals a convolution and the evaluating BatchNorm after it."""
-    mean, var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
-    scale = (var + float(norm.eps)).rsqrt()  # type: ignore[arg-type]
+    scale = (var + eps).rsqrt()
     shift = -mean * scale if bias is None else (bias - mean) * scale
-    if norm.affine:
-        gamma, beta = norm.get_parameter("weight"), norm.get_parameter("bias")
-        scale, shift = scale * gamma, shift * gamma + beta
+    if gamma is not None:
+        scale, shift = scale * gamma, shift * gamma
+    if beta is not None:
+        shift = shift + beta
     wide = weight.to(scale.dtype) * scale.view(-1, *[1] * (weight.ndim - 1))
     return wide.to(weight.dtype), shift.to(weight.dtype)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from threading import Barrier, Event
 from typing import TypeVar
 
 import torch
@@ -16,20 +16,42 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+class StoppedError(Exception):
+    """Another lane failed, or the thread that waits for them all was interrupted."""
+
+
 class Lanes:
     """`map` over a few things at once, each in a thread with its share of the processor's threads."""
 
     def __init__(self, count: int = 1) -> None:
         self.count = max(1, count)
         self._pool: ThreadPoolExecutor | None = None
+        self._stopped = Event()
 
     def map(self, function: Callable[[T], R], things: Sequence[T]) -> list[R]:
-        """`[function(thing) for thing in things]`; raises the first error."""
+        """`[function(thing) for thing in things]`; raises the first error, once all lanes have come to rest."""
         if self.count == 1 or len(things) == 1:
             return [function(thing) for thing in things]
         if self._pool is None:
             self._pool = _pool(self.count)
-        return list(self._pool.map(function, things))
+        waiting = [self._pool.submit(function, thing) for thing in things]
+        try:
+            done, _ = wait(waiting, return_when=FIRST_EXCEPTION)
+            for one in done:
+                one.result()
+        except BaseException:
+            self._stopped.set()
+            for one in waiting:
+                one.cancel()
+            wait(waiting)
+            self._stopped.clear()
+            raise
+        return [one.result() for one in waiting]
+
+    def check(self) -> None:
+        """Raise StoppedError where there is no use in going on: to be called, in a lane, between its steps."""
+        if self._stopped.is_set():
+            raise StoppedError
 
     def close(self) -> None:
         """Let the threads go."""

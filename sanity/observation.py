@@ -132,7 +132,8 @@ def _state(plan: Plan, network: nn.Module, walk: Walk, trained: Seen, key: Key) 
         walk.enter(key.stage_index)
         targets = predict(network, trained.inputs.pixels, len(trained.inputs.ids)).argmax(1)
     occasion = f"{key.order}/{key.seed}/{key.stage_index}"
-    return State(partial(walk.enter, key.stage_index), replace(trained.inputs, targets=targets, occasion=occasion))
+    inputs = replace(trained.inputs, targets=targets, occasion=occasion)
+    return State(partial(walk.enter, key.stage_index), inputs, walk.values(key.stage_index))
 
 
 def explained(target: str, logits: Tensor, chunk: Images) -> Tensor:

@@ -314,13 +314,18 @@ class Walk:
 
     def enter(self, index: int) -> Visit:
         """Put the network as it stands at a step; the step's values are kept until `forget`."""
-        if index not in self._kept:
-            self._kept[index] = self._prepared(index)
-        visit, values = self._kept[index]
+        self.values(index)
+        visit = self._kept[index][0]
         self._swap.restore()
-        for name, value in values.items():
+        for name, value in self.values(index).items():
             self._swap.put(name, value)
         return visit
+
+    def values(self, index: int) -> Mapping[str, Tensor]:
+        """By name, the parameters and buffers that differ at a step from the trained network's; kept until `forget`."""
+        if index not in self._kept:
+            self._kept[index] = self._prepared(index)
+        return self._kept[index][1]
 
     def forget(self) -> None:
         """Give the values of all steps free, as far as nobody else keeps them."""

@@ -86,7 +86,9 @@ def test_folded_weights_equal_convolution_then_norm(bias: bool, affine: bool) ->
     conv, norm = nn.Conv2d(4, 6, 3, groups=2, bias=bias), nn.BatchNorm2d(6, affine=affine, eps=0.1)
     network = statistics(nn.Sequential(conv, norm))
     x = torch.rand(2, 4, 8, 8, dtype=torch.float64)
-    weight, shift = folded(conv.weight, conv.bias, norm)
+    weight, shift = folded(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+    )
     assert_close(F.conv2d(x, weight, shift, groups=2), network(x), rtol=1e-12, atol=1e-13)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import threading
+import time
 from contextlib import closing
 
 import pytest
@@ -14,9 +16,11 @@ import sanity
 from sanity import attributions, images, models
 from sanity.attributions import Inputs
 from sanity.engine import Engine, State
-from sanity.lanes import MOST, Lanes, suited
+from sanity.folding import Folded, foldable
+from sanity.lanes import MOST, Lanes, StoppedError, suited
 from sanity.randomization import Draws, guarded, randomized, reinitialiser
 from sanity.stages import derived
+from sanity.substitution import Substituting, stand_ins, substituted
 
 METHODS = ("gradient", "smoothgrad:samples=3", "guided_backprop", "frozen:gradient", "lrp_epsilon", "gradcam")
 METHODS += ("meaningful_perturbation:steps=2", "occlusion", "rise:masks=8", "edges")
@@ -32,7 +36,9 @@ def explain(network: nn.Module, pictures: Tensor, count: int, batch_size: int = 
         randomized(network, stages, "cascading", 1, Draws(reinitialiser("normal:1"))) as walk,
     ):
         engine = Engine([attributions.find(name) for name in METHODS], batch_size, told.append, lanes=lanes)
-        states = [State(lambda index=index: walk.enter(index), inputs) for index in range(len(walk))]
+        states = [
+            State(lambda index=index: walk.enter(index), inputs, walk.values(index)) for index in range(len(walk))
+        ]
         found = [answer.maps for answer in engine.sweep(network, states, lambda: walk.enter(0))]
     assert sum(told) == engine.cost * len(pictures) * len(states)
     return found
@@ -92,3 +98,77 @@ def test_networks_of_unknown_make_are_not_run_by_several_threads(awkward: nn.Mod
     assert suited("cpu", True) == min(MOST, torch.get_num_threads())
     assert suited("cuda", True) == 1
     assert sanity.check(awkward, torch.rand(2, 3, 17, 15).double(), methods=["gradient"], precision="float64").size
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_lanes_come_to_rest_when_one_fails_or_the_caller_is_interrupted(fails: bool) -> None:
+    started = threading.Barrier(2)
+    ended: list[type[BaseException]] = []
+
+    with closing(Lanes(2)) as lanes:
+
+        def work(n: int) -> None:
+            started.wait(30)
+            if n and fails:
+                raise ValueError("in a lane")
+            if n:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            try:
+                while not time.sleep(0.001):
+                    lanes.check()
+            except StoppedError as error:
+                ended.append(type(error))
+                raise
+
+        with pytest.raises(ValueError if fails else KeyboardInterrupt):
+            lanes.map(work, [0, 1])
+        assert ended == [StoppedError] * (1 if fails else 2)
+        # Afterwards they go on as if nothing had been.
+        assert lanes.map(lambda n: (lanes.check(), n)[1], [1, 2]) == [1, 2]
+
+
+NAMED = ("inception_v3", "efficientnet_lite0", "resnet50", "densenet121", "googlenet", "shufflenet_v2_x1_0", "vit_b_16")
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_lane_sees_the_values_that_others_would_have_to_enter(name: str) -> None:
+    classifier = models.load(name, "random")
+    network, generator = classifier.network.eval(), torch.Generator().manual_seed(0)
+    side = 224 if name == "vit_b_16" else 96
+    x = torch.rand(1, 3, side, side, generator=generator)
+    own = dict(network.named_parameters()) | dict(network.named_buffers())
+    # A transformer's head starts as zeros.
+    values = {
+        key: (value.detach() if value.any() else 0.01) * (1 + 0.1 * torch.rand(value.shape, generator=generator))
+        for key, value in own.items()
+        if value.is_floating_point()
+    }
+    plain = Substituting(network)
+    ways = (plain, folded := Folded(plain, foldable(network, x)), folded.clipping())
+    with torch.no_grad():
+        before = [way(x) for way in ways]
+        with substituted(stand_ins(network, values)):
+            found = [way(x) for way in ways]
+        assert [torch.equal(way(x), then) for way, then in zip(ways, before, strict=True)] == [True] * 3
+        wanted = torch.func.functional_call(network, values, (x,))
+    assert not torch.allclose(wanted, before[0], rtol=1e-2)
+    for one in found:
+        assert_close(one, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_values_in_lists_tuples_and_keywords_are_substituted() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+            self.register_buffer("c", torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x, self.a[None]]) + torch.stack((self.b, self.c)).add(other=self.c) * self.b.shape[0]
+
+    network = Odd()
+    values = {"a": torch.full((2,), 3.0), "b": torch.full((2,), 5.0), "c": torch.full((2,), 7.0)}
+    with substituted(stand_ins(network, values)):
+        found = Substituting(network)(torch.zeros(1, 2))
+    assert found.tolist() == [[24.0, 24.0], [31.0, 31.0]]
+    assert Substituting(network)(torch.zeros(1, 2)).tolist() == [[4.0, 4.0], [5.0, 5.0]]
