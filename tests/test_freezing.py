@@ -238,4 +238,4 @@ def test_what_cannot_be_frozen_is_refused(pictures: Tensor) -> None:
         explain(smooth, pictures, "frozen:gradient")
     bright = (pictures + 1) / 2
     with pytest.raises(ValueError, match="whose path depends on its input cannot be frozen"):
-        explain(Turning(), bright, "frozen:integrated_gradients")
+        explain(Turning(), bright, "frozen:integrated_gradients", batch_size=1)
