@@ -135,7 +135,7 @@ def watched() -> Iterator[Busy]:
 
 def best_alone(network: torch.nn.Module, example: Tensor, sizes: tuple[int, ...], rounds: int) -> tuple[float, int]:
     """Least seconds an evaluation, and the micro-batch that has it."""
-    folded = Folded(network, foldable(network, example[:1]))
+    folded = Folded(network, foldable(network, example[:1])).clipping()
     found = {}
     for size in sizes:
         points = example[:1].expand(size, -1, -1, -1).contiguous(memory_format=torch.channels_last)

@@ -66,7 +66,10 @@ def cache() -> Path:
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a small network, kept in a folder of its own below `root`; images: the IDX files' folder."""
+    """One training of a small network, kept in a folder of its own below `root`; images: the IDX files' folder.
+
+    goal: the accuracy that ends it, the recipe's own unless given.
+    """
 
     root: Path
     images: Path
@@ -74,6 +77,7 @@ class Training:
     model: str
     labels: str
     seed: int = 0
+    goal: float | None = None
 
     @property
     def folder(self) -> Path:
@@ -94,6 +98,7 @@ class Training:
         named = {"data": self.data, "model": self.model, "labels": self.labels, "seed": self.seed}
         if not self._finished(named):
             words = [word for name, value in named.items() for word in (f"--{name}", str(value))]
+            words += [] if self.goal is None else ["--goal", str(self.goal)]
             print(f"training {self.data} {self.model} on {self.labels} labels, kept in {self.folder}", file=sys.stderr)
             train.command([*words, "--data-dir", str(self.images), "--output", str(self.folder), "--resume"])
 
