@@ -56,11 +56,12 @@ def followed(folder: Path, epochs: int, seed: int, decay: float) -> pd.DataFrame
         deviation = float(state.network.get_parameter("fc1.weight").detach().std())
         found = cascade(state.network.eval(), data.test)
         parts.append(found.assign(decay=decay, epoch=epoch, test=test, deviation=deviation))
+        means = found[found["stage"].isin(SHOWN)].set_index(["method", "stage"])["mean"].round(3)
+        print(f"decay {decay}, epoch {epoch}, test accuracy {test}: {means.to_dict()}", file=sys.stderr)
 
     look(0, float("nan"))
     for one in train(plan, data, state):
         look(one.number, float("nan") if one.test is None else one.test)
-        print(f"decay {decay}, epoch {one.number}: test accuracy {one.test}, {one.seconds:.0f} s", file=sys.stderr)
     return pd.concat(parts)
 
 

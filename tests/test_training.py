@@ -332,6 +332,16 @@ def test_seeds_decide_the_numbers(tiny):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_numbers_too_small_to_be_normal_are_zero_in_steps_and_only_there(tiny):
+    def doubled(*told: object) -> float:
+        return float(torch.tensor([1e-39]) * 2)
+
+    found: list[float] = []
+    for _ in train(replace(QUICK, epochs=1), small(), begin(QUICK), lambda *told: found.append(doubled())):
+        assert doubled() > 0
+    assert found == [0.0] * len(found) != []
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_learning_rates_are_those_of_torchs_schedulers(schedule, tiny):
     plan, rates = replace(QUICK, schedule=schedule, epochs=4, batch_size=30), []
