@@ -5,11 +5,12 @@
 
 Trains the CNN (for all epochs of its recipe: the published training did not end early either) and the MLP on true
 labels, and both on permuted ones; runs the parameter and the data randomization tests on the first test images, and
-prints published against reproduced, cell by cell; then the published points of Inception's curve beside those of the network
-in results/inception_v3_chess. The CNN learns Fashion-MNIST's permuted labels only with --permuted fashion-mnist_cnn:
-nothing was published of it, and it takes as long as all the rest. Finished parts are not done again: what was killed
-goes on where it stopped, when the same command is given again. Works in --work; writes results/reproduction/:
-comparison.csv, comparison.md, inception.csv, curves.png, strips of maps, summary_*.csv, manifest.json.
+prints published against reproduced, cell by cell; then the published points of Inception's curve beside those of the
+network in results/inception_v3_chess. The CNN learns Fashion-MNIST's permuted labels only with --permuted
+fashion-mnist_cnn: nothing was published of it, and it takes as long as all the rest. Finished parts are not done again:
+what was killed goes on where it stopped, when the same command is given again. Works in --work; writes
+results/reproduction/: comparison.csv, comparison.md, inception.csv, curves.png, strips of maps, summary_*.csv,
+manifest.json.
 """
 
 from __future__ import annotations
