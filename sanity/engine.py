@@ -165,13 +165,19 @@ class Engine:
         inputs = states[0].inputs
         if inputs.ids != self._chunk:
             self._chunk, self._points = inputs.ids, {}
+        lanes = self.lanes if all(state.values is not None for state in states) else ALONE
+        trained()
+        standings = _standings(network, states, trained, lanes)
         fast = self._fast(network, inputs)
-        found = self._combine(network, fast, states, trained)
+        tame = lanes.map(partial(self._tame, fast, inputs), standings[1])
+        ways = [fast if one else {**fast, Sees.LOGITS: fast[Sees.RECTIFIERS]} for one in tame]
+        sweep = _Sweep(self, fast, ways, states, standings, lanes)
+        found = sweep.answers(self._combining)
         functions = [method for method in self.methods if isinstance(method, FunctionMethod)]
         for n, state in enumerate(states if functions else ()):
             state.enter()
             for method in functions:
-                seen = network if method.sees is Sees.LAYERS else fast[method.sees]
+                seen = network if method.sees is Sees.LAYERS else ways[n][method.sees]
                 found[n].maps[method.name] = self._call(method, seen, state.inputs)
         order = [method.name for method in self.methods]
         return [Answer({name: one.maps[name] for name in order}, one.logits) for one in found]
@@ -179,13 +185,21 @@ class Engine:
     def _fast(self, network: nn.Module, inputs: Inputs) -> Mapping[Sees, nn.Module]:
         """The network as it may be run under rules that see more and more of it."""
         if network not in self._folds:
-            plain = Substituting(network)
+            plain = Substituting(network, self.lanes.check)
             found: dict[Sees, nn.Module] = dict.fromkeys(Sees, plain)
             if self.fold:
                 found[Sees.RECTIFIERS] = folded = Folded(plain, foldable(network, inputs.pixels[:1]))
                 found[Sees.LOGITS] = folded.clipping()
             self._folds = {network: found}
         return self._folds[network]
+
+    def _tame(self, fast: Mapping[Sees, nn.Module], inputs: Inputs, standing: Standing) -> bool:
+        """Whether rectifiers may be part of convolutions in a state: there, what is not a number would become 0."""
+        pixels = inputs.pixels
+        if not self.fold or pixels.device.type != "cpu" or pixels.dtype == torch.float64:
+            return True
+        with torch.no_grad(), standing():
+            return bool(logits_of(fast[Sees.RECTIFIERS], pixels[:1]).isfinite().all())
 
     def _call(self, method: FunctionMethod, network: nn.Module, inputs: Inputs) -> Tensor:
         def explain(cut: slice) -> Tensor:
@@ -229,42 +243,6 @@ class Engine:
 
         found, logits = zip(*self._fitting(part, len(points)), strict=True)
         return torch.cat(found), torch.cat(logits)
-
-    def _combine(
-        self,
-        network: nn.Module,
-        fast: Mapping[Sees, nn.Module],
-        states: Sequence[State],
-        trained: Callable[[], object],
-    ) -> list[Answer]:
-        """Evaluate all points under their rules, in every state, and combine them."""
-        inputs, methods = states[0].inputs, self._combining
-        users: dict[str, dict[Point, list[GradientMethod]]] = {}
-        for method in methods:
-            for point in method.points(method.options):
-                users.setdefault(method.rule.name, {}).setdefault(point, []).append(method)
-        rules = {method.rule.name: method.rule for method in methods}
-        work = [
-            _Evaluation(rules[name], n, point)
-            for name, points in users.items()
-            for n in range(len(inputs.ids))
-            for point in points
-        ]
-        lanes = self.lanes if all(state.values is not None for state in states) else ALONE
-        trained()
-        sweep = _Sweep(self, fast, states, _standings(network, states, trained, lanes), users, lanes)
-        found = lanes.map(sweep.through, _shared_out(work, lanes.count))
-        answers = []
-        for s, state in enumerate(states):
-            sums = [lane[s] for lane in found]
-            logits = {n: row for lane in sums for n, row in lane.logits.items()}
-            answers.append(
-                Answer(
-                    {method.name: attribution(method, sums, state.inputs) for method in methods},
-                    torch.stack([logits[n] for n in range(len(inputs.ids))]) if logits else None,
-                )
-            )
-        return answers
 
     def take(self, work: deque[_Evaluation], inputs: Inputs) -> _Batch:
         """The next micro-batch of a lane's work under one rule, which is shared evenly among them."""
@@ -331,33 +309,71 @@ def _shared_out(work: list[_Evaluation], count: int) -> list[list[_Evaluation]]:
     return [work[a:b] for a, b in pairwise(edges) if a < b]
 
 
+Users = Mapping[str, Mapping[Point, Sequence[GradientMethod]]]
+"""Rule's name -> point -> the methods that ask for the gradient there."""
+
+
 @dataclass(frozen=True)
 class _Sweep:
-    """Through all states with one micro-batch after another; every lane goes its own way."""
+    """Through all states with one micro-batch after another; every lane goes its own way.
+
+    fast: the network as rules may run it when it stands as trained; ways: likewise in each state.
+    """
 
     engine: Engine
     fast: Mapping[Sees, nn.Module]
+    ways: Sequence[Mapping[Sees, nn.Module]]
     states: Sequence[State]
     standings: tuple[Standing, list[Standing]]
-    users: Mapping[str, Mapping[Point, Sequence[GradientMethod]]]
     lanes: Lanes
 
-    def through(self, work: Sequence[_Evaluation]) -> list[Sums]:
+    def answers(self, methods: Sequence[GradientMethod]) -> list[Answer]:
+        """Evaluate all points under their rules, in every state, and combine them."""
+        inputs = self.states[0].inputs
+        rules = {method.rule.name: method.rule for method in methods}
+        users: dict[str, dict[Point, list[GradientMethod]]] = {}
+        for method in methods:
+            for point in method.points(method.options):
+                users.setdefault(method.rule.name, {}).setdefault(point, []).append(method)
+        work = [
+            _Evaluation(rules[name], n, point)
+            for name, points in users.items()
+            for n in range(len(inputs.ids))
+            for point in points
+        ]
+        found = self.lanes.map(partial(self._through, users), _shared_out(work, self.lanes.count))
+        answers = []
+        for s, state in enumerate(self.states):
+            sums = [lane[s] for lane in found]
+            maps = {method.name: attribution(method, sums, state.inputs) for method in methods}
+            logits = {n: row for lane in sums for n, row in lane.logits.items()}
+            rows = [logits[n] for n in range(len(inputs.ids))] if logits else []
+            answers.append(Answer(maps, torch.stack(rows) if rows else None))
+        return answers
+
+    def _through(self, users: Users, work: Sequence[_Evaluation]) -> list[Sums]:
         """Sums of a lane's part of the work, state by state."""
         found = [Sums() for _ in self.states]
         for rule, own in groupby(work, key=lambda one: one.rule):
-            self._under(rule, list(own), found)
+            self._under(rule, users[rule.name], list(own), found)
         return found
 
-    def _under(self, rule: Rule, work: Sequence[_Evaluation], found: Sequence[Sums]) -> None:
+    def _under(
+        self,
+        rule: Rule,
+        users: Mapping[Point, Sequence[GradientMethod]],
+        work: Sequence[_Evaluation],
+        found: Sequence[Sums],
+    ) -> None:
         inputs, network = self.states[0].inputs, self.fast[rule.sees]
-        users, (trained, states) = self.users[rule.name], self.standings
+        trained, states = self.standings
         images = range(work[0].n, work[-1].n + 1)
         for method in {m.name: m for one in work for m in users[one.point]}.values():
             for sums in found:
                 sums.begin(method, images, inputs.pixels)
         # States in which too little could be reused are run as a whole.
-        sharing = [self.engine.reuse and rule.replayable and len(states) > 1 for _ in states]
+        worth = self.engine.reuse and rule.replayable and len(states) > 1
+        sharing = [worth and ways[rule.sees] is network for ways in self.ways]
         waiting = deque(work)
         while waiting:
             batch = self.engine.take(waiting, inputs)
@@ -367,7 +383,8 @@ class _Sweep:
             for s, standing in enumerate(states):
                 self.lanes.check()
                 with standing():
-                    answer = self.engine.evaluate(network, self.states[s].inputs, rule, sharing[s], batch)
+                    way = self.ways[s][rule.sees]
+                    answer = self.engine.evaluate(way, self.states[s].inputs, rule, sharing[s], batch)
                 for one, gradient, row in zip(batch.work, *answer, strict=True):
                     if rule is PLAIN and one.point in PIXELS:
                         found[s].logits[one.n] = row

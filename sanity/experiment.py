@@ -14,7 +14,7 @@ import torch
 from sanity import plan, train
 from sanity.networks import NETWORKS
 from sanity.registry import suggest
-from sanity.training import DATASETS, find_folder
+from sanity.training import DATASETS, LABELS, find_folder
 
 TESTS = ("parameters", "data")
 PRESET = "as-released-mnist"
@@ -101,6 +101,17 @@ class Training:
             words += [] if self.goal is None else ["--goal", str(self.goal)]
             print(f"training {self.data} {self.model} on {self.labels} labels, kept in {self.folder}", file=sys.stderr)
             train.command([*words, "--data-dir", str(self.images), "--output", str(self.folder), "--resume"])
+        if missed := self.missed():
+            print(f"note: {self.folder}: {missed}", file=sys.stderr)
+
+    def missed(self) -> str:
+        """In words, by how much a finished training missed its goal; empty if it did not."""
+        header = json.loads((self.folder / "train.json").read_text())
+        judged = LABELS[self.labels]
+        reached, goal = header["accuracy"][judged], header["recipe"]["goal"]
+        if header["goal_met"] or goal == 1 or reached is None:
+            return ""
+        return f"{judged} accuracy {reached:.2%} on {self.labels} labels, below its goal of {goal:.2%}"
 
     def _finished(self, named: Mapping[str, Any]) -> bool:
         try:

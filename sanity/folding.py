@@ -27,11 +27,13 @@ CACHE_BYTES = 2**30
 class Joined(NamedTuple):
     """What reads a convolution's result, and nothing else does, so that it can be part of the convolution.
 
-    norm: an evaluating BatchNorm; clip: a rectifier, after the norm if there is one.
+    norm: an evaluating BatchNorm; clip: a rectifier, after the norm if there is one, whose result is not written to.
+    made: the network makes the convolution's weight anew in every pass, so that nothing is worth keeping of it.
     """
 
     norm: BatchNorm | None = None
     clip: Clip | None = None
+    made: bool = False
 
 
 class _Trace(TorchFunctionMode):
@@ -41,11 +43,14 @@ class _Trace(TorchFunctionMode):
         super().__init__()
         norms = [m for m in network.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
         self.owner = {id(norm.running_mean): norm for norm in norms}
+        self.own = {id(tensor) for tensor in (*network.parameters(), *network.buffers())}
         self.kept: list[Tensor] = []
         self.uses: dict[_Value, int] = {}
         self.count = 0
         self.places: dict[_Value, int] = {}
         self.links: dict[int, list[tuple[_Value, str, Any]]] = {}
+        self.made: set[int] = set()
+        self.clipped: dict[int, tuple[Tensor, int]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -61,7 +66,9 @@ class _Trace(TorchFunctionMode):
         for value in read:
             self.uses[value] = self.uses.get(value, 0) + 1
         if func in _CONVOLUTIONS:
-            if len(args) > 2:
+            if id(args[1] if len(args) > 1 else kwargs["weight"]) not in self.own:
+                self.made.add(self.count)
+            elif len(args) > 2:
                 self.places[_value(result)] = self.count
                 self.links[self.count] = []
             self.count += 1
@@ -78,14 +85,18 @@ class _Trace(TorchFunctionMode):
                 self.places[_value(result)] = place
         elif "clip" not in kinds and (clip := clip_of(func, args, kwargs)) is not None:
             self.links[place].append((source, "clip", clip))
+            self.clipped[place] = result, result._version
 
     def joined(self, out: Any) -> dict[int, Joined]:
         """By convolutions' places, what may be joined to each; out: what the network gave."""
         returned = {_value(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)}
-        found = {}
+        found = {place: Joined(made=True) for place in self.made}
         for place, links in self.links.items():
             alone = takewhile(lambda link: self.uses[link[0]] == 1 and link[0] not in returned, links)
-            found[place] = Joined(**{kind: what for _, kind, what in alone})
+            joined = Joined(**{kind: what for _, kind, what in alone})
+            # The gradient of a joined rectifier is read off its result, which must then be what it was.
+            unwritten = place not in self.clipped or self.clipped[place][0]._version == self.clipped[place][1]
+            found[place] = joined if unwritten else joined._replace(clip=None)
         return {place: one for place, one in found.items() if one != Joined()}
 
 
@@ -144,7 +155,7 @@ class _Fold(TorchFunctionMode):
 
     def _convolution(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         one, self.count = self.plan.get(self.count, Joined()), self.count + 1
-        if len(args) < 3:
+        if len(args) < 3 or one.made:
             return func(*args, **kwargs)
         x, weight, bias, *rest = args
         way = geometry(rest, kwargs) if func is torch.conv2d and suits(x, weight) else None
@@ -165,7 +176,7 @@ class _Weights:
     """Kernels, folded or not, kept as long as what they were made of is still the same memory, unwritten."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[tuple[int, int] | None, ...], tuple[list[Tensor | None], Kernel]] = {}
+        self._kept: dict[tuple[object, ...], tuple[list[Tensor | None], Kernel]] = {}
         self._bytes = 0
         self._lock = Lock()
 
@@ -175,20 +186,33 @@ class _Weights:
         with self._lock, torch._C.DisableTorchFunction():
             norms = () if norm is None else tuple(instead(getattr(norm, name)) for name in _OF_NORM)
             sources = [weight, bias, *norms]
-            key = tuple(None if one is None else (one.data_ptr(), one._version) for one in sources)
-            if key not in self._kept:
-                pair = weight, bias
-                if norm is not None:
-                    with torch.no_grad():
-                        pair = folded(weight, bias, *norms, eps=norm.eps)
-                made = Kernel(*pair)
-                # As it is, and packed for each direction.
-                self._bytes += 3 * made.weight.numel() * made.weight.element_size()
-                if self._bytes > CACHE_BYTES:
-                    self._kept, self._bytes = {}, 0
-                # Aliases of the sources keep their memory from being given to other tensors.
-                self._kept[key] = ([None if one is None else one.detach() for one in sources], made)
-            return self._kept[key][1]
+            eps = None if norm is None else norm.eps
+            key = (*(None if one is None else _memory(one) for one in sources), eps)
+            if key in self._kept:
+                # What was used last is given up last.
+                self._kept[key] = kept = self._kept.pop(key)
+                return kept[1]
+            pair = weight, bias
+            if norm is not None:
+                with torch.no_grad():
+                    pair = folded(weight, bias, *norms, eps=norm.eps)
+            made = Kernel(*pair)
+            self._bytes += _bytes(made)
+            while self._kept and self._bytes > CACHE_BYTES:
+                self._bytes -= _bytes(self._kept.pop(next(iter(self._kept)))[1])
+            # Aliases of the sources keep their memory from being given to other tensors.
+            self._kept[key] = ([None if one is None else one.detach() for one in sources], made)
+            return made
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    """What tells a tensor's numbers from all others': where they lie, how, and how often they were written to."""
+    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()
+
+
+def _bytes(kernel: Kernel) -> int:
+    """Memory of a kernel as it is, and packed for each direction."""
+    return 3 * kernel.weight.numel() * kernel.weight.element_size()
 
 
 def folded(

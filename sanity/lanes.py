@@ -66,7 +66,13 @@ ALONE = Lanes()
 
 def _pool(count: int) -> ThreadPoolExecutor:
     threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, "sanity-lane", lambda: torch.set_num_threads(max(1, threads // count)))
+
+    def start() -> None:
+        # Asked once, a thread no longer takes the number that holds for all when its first operation asks.
+        torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // count))
+
+    pool = ThreadPoolExecutor(count, "sanity-lane", start)
     # All are up before the last line: none may set its number afterwards.
     together = Barrier(count)
     for started in [pool.submit(together.wait) for _ in range(count)]:

@@ -103,6 +103,8 @@ class Classifier:
 
     def squashing(self) -> Classifier:
         """The same classifier on whole pictures, squashed. Raises ValueError if its preprocessing is its own."""
+        if isinstance(self.preprocess, networks.Greyscale):
+            return self  # which crops nothing
         if not isinstance(self.preprocess, Preprocessing):
             raise ValueError(f"--squash: the preprocessing of {self.name} is its own")
         return replace(self, preprocess=replace(self.preprocess, squash=True))

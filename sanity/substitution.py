@@ -42,14 +42,16 @@ class Substituting(nn.Module):
     """A network that reads, within `substituted`, the stand-ins of its parameters and buffers.
 
     Wherever they are arguments of a torch function, that is: not where a scripted module or an extension reads them.
+    before() is called whenever the network is about to be run, and may raise.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, before: Callable[[], object] = lambda: None) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.before = network, before
 
     def forward(self, x: Tensor) -> Any:
         """Whatever the network gives."""
+        self.before()
         if not (found := _NOW.get({})):
             return self.network(x)
         with _Instead(found):

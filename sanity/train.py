@@ -93,7 +93,7 @@ def command(arguments: Sequence[str]) -> int:
     """Parse, check, train, write; everything that can be refused is refused before the folder is touched."""
     values = parse(parser(), arguments)
     plan = recipe_of(values)
-    data = with_labels(load_data(find_folder(plan.data, values.data_dir)), plan)
+    data = with_labels(load_data(find_folder(plan.data, values.data_dir), plan.data), plan)
     folder = TrainingFolder(values.output)
     header = folder.open(plan, data, values.resume)
     if header["status"] != "complete":

@@ -23,6 +23,11 @@ from sanity.streams import stream
 
 DATASETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 """Data sets, and what torchvision calls them."""
+DIGESTS = {
+    "mnist": "1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b",
+    "fashion-mnist": "ece172613115fb18b120bec8f6c02271af90b8b8f0a5af5c51cbd5ceed68e619",
+}
+"""SHA-256 that the published sets have when read by `load_data`: files in the wrong folder look alike."""
 LABELS = {"true": "test", "permuted": "train"}
 """Kinds of labels, and the images whose accuracy the goal is about."""
 CLASSES = 10
@@ -178,14 +183,20 @@ def _fetch(name: str, root: Path) -> None:
         ) from None
 
 
-def load_data(folder: Path) -> DataSet:
-    """Read IDX files; the first 5000 training images become validation. ValueError for other than 28x28."""
+def load_data(folder: Path, name: str = "") -> DataSet:
+    """Read IDX files; the first 5000 training images become validation.
+
+    Raises ValueError for other than 28x28, and where a data set's name is given and the files are those of another.
+    """
     every, test = (_read(folder, split) for split in ("train", "test"))
     if len(every.labels) <= VALIDATION:
         raise ValueError(f"{str(folder)!r} holds {len(every.labels)} training images: needs more than {VALIDATION}")
     digest = hashlib.sha256()
     for part in (*every, *test):
         digest.update(part.numpy().tobytes())
+    for other, known in DIGESTS.items():
+        if name not in ("", other) and digest.hexdigest() == known:
+            raise ValueError(f"{str(folder)!r} holds {other}, not {name}")
     kept, held = (Split(*(x[part] for x in every)) for part in (slice(VALIDATION, None), slice(VALIDATION)))
     return DataSet(kept, held, test, digest.hexdigest())
 

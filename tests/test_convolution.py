@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+import sanity
 from sanity import models
 from sanity.attributions.base import PLAIN
 from sanity.attributions.rectifiers import count_rectifiers
@@ -199,3 +200,59 @@ def test_only_what_sees_the_logits_alone_gets_rectifiers_joined() -> None:
     assert count_rectifiers(network, x) == count_rectifiers(folded, x) == 4
     # What is read twice, and what follows a convolution whose padding is a word, stay.
     assert count_rectifiers(folded.clipping(), x) == 2
+
+
+class Written(nn.Module):
+    """Adds to a rectifier's result in place, which the one that clips at 6 allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.conv(x))
+        x += 0.5
+        return self.head(x.mean((2, 3)))
+
+
+class Turned(nn.Module):
+    """One weight, once as it is and once turned, and slices of it: the same memory under other shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 1, 1))
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, x[:, :1]], 1)
+        x = F.conv2d(x, self.weight, None).relu()
+        x = F.conv2d(x, self.weight.transpose(0, 1), None).relu()
+        x = torch.cat([F.conv2d(x, self.weight[:2], None), F.conv2d(x, self.weight[:3], None)], 1)
+        return F.conv2d(x[:, :4], self.weight * self.scale[:, None, None, None], None).relu().mean((2, 3))
+
+
+@pytest.mark.parametrize("make", [Written, Turned])
+def test_networks_that_write_to_results_or_share_weights_are_the_same(make: Callable[[], nn.Module]) -> None:
+    network = seeded(make).float()
+    x = random(2, 3, 9, 9).contiguous(memory_format=torch.channels_last)
+    targets = torch.tensor([0, 2])
+    with guarded(network):
+        fast = Folded(network, foldable(network, x)).clipping()
+        for _ in range(3):
+            found = gradients(fast, x, x, targets, PLAIN)
+        for one, wanted in zip(found, gradients(network, x, x, targets, PLAIN), strict=True):
+            assert_close(one, wanted, rtol=1e-5, atol=1e-6)
+    # Weights that are made in every pass are not kept.
+    assert len(fast.weights._kept) == 1
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    """oneDNN's rectifier makes 0 of it, and a map that cannot be had would pass for a constant one."""
+    layers = [layer for n in (3, 8, 8, 8) for layer in (nn.Conv2d(n, 8, 3), nn.ReLU())]
+    network = nn.Sequential(*layers, nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    found = sanity.check(
+        network, random(3, 3, 17, 17), methods=["gradient", "occlusion:positions=3"], reinit="uniform:-1e20:1e20"
+    )
+    last = found[found["stage_index"] == found["stage_index"].max()]
+    assert set(last["status"]) == {"non-finite map"}
+    assert set(found.loc[found["stage_index"] == 0, "status"]) == {"ok"}

@@ -269,7 +269,9 @@ def test_data_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
 
 
 def test_mnist_itself(shared):
-    data = load_data(training.find_folder("mnist", shared / "mnist"))
+    data = load_data(training.find_folder("mnist", shared / "mnist"), "mnist")
+    with pytest.raises(ValueError, match="holds mnist, not fashion-mnist"):
+        load_data(training.find_folder("fashion-mnist", shared / "mnist"), "fashion-mnist")
     assert [len(part.labels) for part in (data.train, data.validation, data.test)] == [55_000, 5_000, 10_000]
     assert data.test.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     mean = torch.cat([data.train.pixels, data.validation.pixels]).double().mean() / 255
