@@ -40,6 +40,16 @@ INCEPTION = {
     },
 }  # fmt: skip
 """Inception v3 on ImageNet, cascading, absolute rank correlation, read off figures, +-.02."""
+VERDICTS = {
+    "gradient": "pass",
+    "gradcam": "pass",
+    "smoothgrad": "as gradient",
+    "guided_backprop": "fail",
+    "guided_gradcam": "fail",
+    "integrated_gradients": "fail",
+    "gradient_x_input": "fail",
+}
+"""Of the paper's text; the last two for their high similarity, their signed rank correlation being about 0."""
 
 
 def cells() -> pd.DataFrame:

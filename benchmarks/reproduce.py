@@ -34,7 +34,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from PIL import Image
-from published import STAGES, cells, inception
+from published import STAGES, VERDICTS, cells, inception
 
 from sanity import plan
 from sanity import run as sanity_run
@@ -47,10 +47,11 @@ from sanity.summary import summarize
 from sanity.training import DATASETS, find_folder
 
 RESULTS = Path(__file__).parents[1] / "results"
+LENGTH = RESULTS / "benchmarks" / "training_length" / "table.csv"
 CHESS = RESULTS / "inception_v3_chess" / "scores.parquet"
 KEY = ["order", "stage", "similarity", "method"]
 FEW = 10
-"""Images of the published curves. With more, IG-SmoothGrad stays out: it takes 2500 gradients a map."""
+"""Images of the published curves. With more, IG-SmoothGrad stays out: it takes thousands of gradients a map."""
 COSTLY = "integrated_gradients_smoothgrad"
 GOALS = {"cnn": 1.0}
 """Accuracies that end training on true labels, where the recipe's would end it too early for the published cells:
@@ -173,9 +174,72 @@ def markdown(found: pd.DataFrame) -> str:
     return "\n".join(lines) + f"\n\n{within} of {len(found)} cells within two standard deviations over images.\n"
 
 
+def reasons(found: pd.DataFrame) -> str:
+    """What was measured of the cells outside two standard deviations: as training goes on, with decay and without."""
+    outside = found[found["deviations"] > 2]
+    known = pd.read_csv(LENGTH) if LENGTH.is_file() else pd.DataFrame()
+    lines = []
+    for cell in outside.itertuples():
+        own = known
+        if len(known):
+            own = known[(known["method"] == cell.method) & (known["stage"] == cell.stage) & (cell.order == "cascading")]
+        words = f"- {cell.order}, {cell.stage}, {cell.similarity}, {cell.method}: "
+        for decay, rows in own.groupby("decay", sort=False) if len(own) else ():
+            path = ", ".join(f"{value:.2f}" for value in rows["mean"])
+            words += f"{'with' if decay else 'without'} weight decay {path} after 0, 1, ... epochs; "
+        lines.append(words + ("no reason was measured." if own.empty else "see benchmarks/training_length."))
+    return "\n".join(["## Cells outside two standard deviations", "", *lines, ""]) if lines else ""
+
+
+def cascades(every: dict[str, pd.DataFrame]) -> str:
+    """Every network's cascade: absolute rank correlation, of the foreground only, and signed, beside one another."""
+    kinds = ("spearman_abs", "spearman_abs_foreground", "spearman")
+    lines = []
+    for name, rows in every.items():
+        found = summarize(rows[rows["similarity"].isin(kinds)]).query("order == 'cascading' and stage_index > 0")
+        stages = list(found.sort_values("stage_index")["stage"].unique())
+        head = ["method", *(f"{stage}: absolute, foreground, signed" for stage in stages)]
+        lines += [f"## {name}, cascading", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for method, own in found.groupby("method", sort=False):
+            means = own.set_index(["stage", "similarity"])["mean"]
+            values = [", ".join(f"{means.get((stage, kind), float('nan')):.2f}" for kind in kinds) for stage in stages]
+            lines.append("| " + " | ".join([str(method), *values]) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def verdicts(e: Experiment) -> str:
+    """Published verdicts beside those of a run's cascade, by absolute rank, of all pixels and of the foreground."""
+    found = pd.read_csv(e.output / "verdicts.csv").query("order == 'cascading'")
+    found = found.set_index(["method", "similarity"])["verdict"]
+    lines = ["## Verdicts", "", "| method | published | all pixels | foreground |", "|---|---|---|---|"]
+    for method, published in VERDICTS.items():
+        own = [str(found.get((method, kind), "")) for kind in ("spearman_abs", "spearman_abs_foreground")]
+        lines.append("| " + " | ".join([method, published, *own]) + " |")
+    return "\n".join([*lines, ""])
+
+
+def times(needed: Sequence[Training], chosen: Sequence[Experiment]) -> str:
+    """Minutes of each part, each of which takes one core."""
+    parts = {one.folder.name: header(one)["seconds"] / 60 for one in needed}
+    for e in chosen:
+        parts[e.output.name] = json.loads((e.output / "run.json").read_text())["seconds"] / 60
+    lines = ["## Time", "", "| part | minutes of one core |", "|---|---|"]
+    lines += [f"| {name} | {minutes:.1f} |" for name, minutes in parts.items()]
+    total = sum(parts.values())
+    words = f"\nAll parts: {total:.0f} minutes of one core, {total / 2:.0f} of two if none waits (goal: 40).\n"
+    return "\n".join(lines) + "\n" + words
+
+
 def inception_markdown(found: pd.DataFrame) -> str:
     """Published points beside the chess network's."""
-    lines = ["| method | published, of | stage | published | chess network, 95 % interval |", "|---|---|---|---|---|"]
+    title = "## Inception v3: published points, of other weights and photographs, beside a network that plays chess"
+    lines = [
+        title,
+        "",
+        "| method | published, of | stage | published | chess network, 95 % interval |",
+        "|---|---|---|---|---|",
+    ]
     for row in found.itertuples():
         here = f"{row.mean:.2f} [{row.low:.2f}, {row.high:.2f}]"
         lines.append(f"| {row.method} | {row.pictures} | {row.stage} | {row.published:.2f} | {here} |")
@@ -225,7 +289,8 @@ def kept(e: Experiment, output: Path) -> None:
         target = output / f"{figure.stem.rsplit('_', 1)[0]}_{e.name}.png"
         target.write_bytes(figure.read_bytes())
         shrunk(target)
-    (output / f"summary_{e.name}.csv").write_text((e.output / "summary.csv").read_text())
+    for name in ("summary", "verdicts"):
+        (output / f"{name}_{e.name}.csv").write_text((e.output / f"{name}.csv").read_text())
 
 
 def header(one: Training) -> dict[str, Any]:
@@ -267,7 +332,9 @@ def main() -> int:
     found, points = pd.concat(tables, ignore_index=True), inception_compared()
     found.to_csv(args.output / "comparison.csv", index=False, float_format="%.4f")
     points.to_csv(args.output / "inception.csv", index=False, float_format="%.4f")
-    words = markdown(found) + "\n" + inception_markdown(points)
+    judged = [verdicts(e) for e in chosen if (e.true.data, e.true.model) == ("mnist", "cnn")][:1]
+    parts = [markdown(found), reasons(found), *judged, cascades(every), inception_markdown(points)]
+    words = "\n".join([*parts, times(needed, chosen)])
     (args.output / "comparison.md").write_text(words)
     drawn(every, args.output / "curves.png")
     trained = {one.folder.name: header(one) for one in needed}
