@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import Any
 from unittest import mock
 
@@ -52,13 +53,16 @@ WATCHED: tuple[tuple[Any, str, str], ...] = (
 def watched(seconds: dict[str, float]) -> Iterator[None]:
     """Add up the seconds of WATCHED."""
 
+    lock = Lock()
+
     def timed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                seconds[name] += time.perf_counter() - start
+                with lock:
+                    seconds[name] += time.perf_counter() - start
 
         return call
 

@@ -450,8 +450,11 @@ def predict(network: nn.Module, pixels: Tensor, batch_size: int) -> Tensor:
     return torch.cat(parts)
 
 
-def best_batch(network: nn.Module, example: Tensor) -> int:
-    """Number of evaluations at a time that runs fastest here, measured; example (1, C, H, W)."""
+def best_batch(network: nn.Module, example: Tensor, lanes: int = 1) -> int:
+    """Number of evaluations at a time that runs fastest here, measured; example (1, C, H, W).
+
+    Of those that fit into memory in every lane, with the kept pass of the trained network beside the one at work.
+    """
     target = torch.zeros(1, dtype=torch.int64, device=example.device)
 
     def step(n: int) -> None:
@@ -460,5 +463,5 @@ def best_batch(network: nn.Module, example: Tensor) -> int:
         if example.is_cuda:
             torch.cuda.synchronize()
 
-    each = bytes_of(lambda x: logits_of(network, x), example)
+    each = 2 * lanes * bytes_of(lambda x: logits_of(network, x), example)
     return fastest(step, CANDIDATES[example.device.type], each, available(example.device))

@@ -162,7 +162,8 @@ def prepare(plan: Plan, classifier: Classifier, images: Images, device: str = "c
 def suited_batch(plan: Plan, classifier: Classifier, images: Images, device: str) -> int:
     """Number of evaluations at a time that runs fastest on this machine and fits into its memory, measured."""
     with working(classifier.network, plan, device):
-        return best_batch(classifier.network, load(classifier, images.limit(1), plan, device))
+        example = load(classifier, images.limit(1), plan, device)
+        return best_batch(classifier.network, example, suited(device, classifier.reentrant))
 
 
 def check(
