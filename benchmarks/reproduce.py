@@ -19,7 +19,7 @@ import argparse
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -115,13 +115,14 @@ def spread(work: Callable[[T], R], jobs: Iterable[T], workers: int) -> list[R]:
 
 
 def experiments(args: argparse.Namespace) -> list[Experiment]:
-    """Every network's, the first training's with permuted labels too."""
+    """Every network's, with data randomization where that is wanted."""
     found = []
     for data, model in product(args.data, args.models):
         folder = find_folder(data, args.data_dir)
         for seed, images in product(range(args.trainings), args.images):
             true = Training(args.work, folder, data, model, "true", seed, GOALS.get(model))
-            wanted = seed == 0 and f"{data}_{model}" in args.permuted
+            # One network learns permuted labels. Its first weights are those of the first training on true labels.
+            wanted = f"{data}_{model}" in args.permuted
             permuted = Training(args.work, folder, data, model, "permuted") if wanted else None
             found.append(Experiment(true, permuted, images, args.seeds, args.work))
     return found
@@ -174,8 +175,12 @@ def markdown(found: pd.DataFrame) -> str:
     return "\n".join(lines) + f"\n\n{within} of {len(found)} cells within two standard deviations over images.\n"
 
 
-def reasons(found: pd.DataFrame) -> str:
-    """What was measured of the cells outside two standard deviations: as training goes on, with decay and without."""
+def reasons(found: pd.DataFrame, every: Mapping[str, pd.DataFrame]) -> str:
+    """What was measured of the cells outside two standard deviations.
+
+    Of cascades, how they change as training goes on, with decay and without; of permuted labels, what it matters from
+    which weights the two networks started.
+    """
     outside = found[found["deviations"] > 2]
     known = pd.read_csv(LENGTH) if LENGTH.is_file() else pd.DataFrame()
     lines = []
@@ -184,11 +189,25 @@ def reasons(found: pd.DataFrame) -> str:
         if len(known):
             own = known[(known["method"] == cell.method) & (known["stage"] == cell.stage) & (cell.order == "cascading")]
         words = f"- {cell.order}, {cell.stage}, {cell.similarity}, {cell.method}: "
-        for decay, rows in own.groupby("decay", sort=False) if len(own) else ():
+        for decay, rows in own.groupby("decay", sort=False) if len(own) and "decay" in own else ():
             path = ", ".join(f"{value:.2f}" for value in rows["mean"])
             words += f"{'with' if decay else 'without'} weight decay {path} after 0, 1, ... epochs; "
-        lines.append(words + ("no reason was measured." if own.empty else "see benchmarks/training_length."))
+        told = "see benchmarks/training_length." if len(own) else "no reason was measured."
+        if cell.order == "data":
+            told = started(every[f"{cell.data} {cell.model}"], cell.method, cell.similarity) or told
+        lines.append(words + told)
     return "\n".join(["## Cells outside two standard deviations", "", *lines, ""]) if lines else ""
+
+
+def started(rows: pd.DataFrame, method: str, similarity: str) -> str:
+    """Mean of the data test by the weights that training on true labels started from; empty with one training."""
+    data = rows.query("order == 'data' and stage_index > 0 and method == @method and similarity == @similarity")
+    means = data.groupby(data["seed"] >= 1000)["value"].mean()
+    if len(means) < 2:
+        return ""
+    return (
+        f"{means[False]:.2f} where both networks started from the same weights, {means[True]:.2f} where they did not."
+    )
 
 
 def cascades(every: dict[str, pd.DataFrame]) -> str:
@@ -333,7 +352,7 @@ def main() -> int:
     found.to_csv(args.output / "comparison.csv", index=False, float_format="%.4f")
     points.to_csv(args.output / "inception.csv", index=False, float_format="%.4f")
     judged = [verdicts(e) for e in chosen if (e.true.data, e.true.model) == ("mnist", "cnn")][:1]
-    parts = [markdown(found), reasons(found), *judged, cascades(every), inception_markdown(points)]
+    parts = [markdown(found), reasons(found, every), *judged, cascades(every), inception_markdown(points)]
     words = "\n".join([*parts, times(needed, chosen)])
     (args.output / "comparison.md").write_text(words)
     drawn(every, args.output / "curves.png")
