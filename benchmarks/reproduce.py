@@ -268,15 +268,17 @@ def inception_markdown(found: pd.DataFrame) -> str:
 def drawn(every: dict[str, pd.DataFrame], path: Path) -> None:
     """Cascading curves of every network, all pixels above, the foreground below; published means are crosses."""
     similarities = ("spearman_abs", "spearman_abs_foreground")
+    # One legend: a method looks the same in all panels, though MLPs have no GradCAM.
+    methods = list(dict.fromkeys(method for rows in every.values() for method in rows["method"].unique()))
     figure, grid = plt.subplots(
         2, len(every), figsize=(4.2 * len(every), 6.6), sharey=True, squeeze=False, layout="constrained"
     )
     for column, (name, rows) in enumerate(every.items()):
         summary = summarize(rows)
         for row, similarity in enumerate(similarities):
-            plot(grid[row, column], summary, "cascading", similarity, size=7.5)
+            plot(grid[row, column], summary, "cascading", similarity, 7.5, methods)
             if not row:
-                crossed(grid[row, column], rows)
+                crossed(grid[row, column], rows, methods)
             grid[row, column].set_title(f"{name}, {'foreground only' if row else 'all pixels'}", fontsize=9)
     grid[0, 0].set_ylabel("absolute rank correlation")
     grid[1, 0].set_ylabel("absolute rank correlation")
@@ -287,10 +289,10 @@ def drawn(every: dict[str, pd.DataFrame], path: Path) -> None:
     shrunk(path)
 
 
-def crossed(axis: plt.Axes, rows: pd.DataFrame) -> None:
+def crossed(axis: plt.Axes, rows: pd.DataFrame, methods: Sequence[str]) -> None:
     """Mark the published means of a cascade, each in its method's colour."""
     found = compared(rows).query("order == 'cascading'")
-    colours = looks(rows["method"].unique())
+    colours = looks(methods)
     for cell in found.itertuples():
         axis.plot(1 + STAGES.index(cell.stage), cell.published, "x", color=colours[cell.method].colour, markersize=7)
 

@@ -6,13 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 from skimage.color import deltaE_ciede2000, rgb2lab
 
 from sanity.records import Prediction
 from sanity.report import figures, publication
-from sanity.report.curves import curve
+from sanity.report.curves import curve, plot
 from sanity.report.figures import draw
 from sanity.report.looks import COLOURS, CONTROLS, looks, safe
 from sanity.report.publication import STYLE, WIDTHS, panels, publish, spread
@@ -472,3 +473,18 @@ def test_long_method_names_break_near_the_middle():
     assert publication._broken("gradient") == "gradient"
     assert publication._broken("integrated_gradients") == "integrated_\ngradients"
     assert publication._broken("abcdefghijklmnop") == "abcdefghijklmnop"
+
+
+def test_a_method_looks_the_same_in_panels_that_share_a_legend():
+    rows = scores()
+    names = list(dict.fromkeys(rows["method"]))
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    whole, part = figure.subplots(1, 2)
+    for axis, kept in ((whole, names), (part, names[1:])):
+        summary = summarize(rows[rows["method"].isin(kept)])
+        plot(axis, summary, "cascading", rows["similarity"].iloc[0], methods=names)
+    found = [{line.get_label(): line.get_color() for line in axis.get_lines()} for axis in (whole, part)]
+    shared = [name for name in found[1] if not name.startswith("_")]
+    assert len(shared) == len(names) - 1
+    assert all(found[0][name] == found[1][name] for name in shared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,17 @@ def curve(summary: pd.DataFrame, order: str, similarity: str, *, title: str = ""
     return figure
 
 
-def plot(axes: Axes, summary: pd.DataFrame, order: str, similarity: str, size: float = 9.5) -> None:
+def plot(
+    axes: Axes,
+    summary: pd.DataFrame,
+    order: str,
+    similarity: str,
+    size: float = 9.5,
+    methods: Iterable[str] | None = None,
+) -> None:
     """Draw one order and similarity of a summary on axes, without axis titles and legend; size: of names, in points.
+
+    methods: those of all axes that share one legend, so that each looks the same on all of them.
 
     Raises ValueError if nothing is there to draw.
     """
@@ -45,7 +55,9 @@ def plot(axes: Axes, summary: pd.DataFrame, order: str, similarity: str, size: f
         raise ValueError(f"no scores for order {order!r} and similarity {similarity!r}")
     stages = part.drop_duplicates("stage_index").sort_values("stage_index")
     places = {int(index): place for place, index in enumerate(stages["stage_index"])}
-    found = looks(part["method"].unique())
+    known = set(part["method"])
+    every = looks(part["method"].unique() if methods is None else methods)
+    found = {method: look for method, look in every.items() if method in known}
     for turn, (method, look) in enumerate(found.items()):
         own = part[part["method"] == method].sort_values("stage_index")
         x = np.array([places[int(index)] for index in own["stage_index"]], np.float64)
