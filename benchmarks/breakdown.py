@@ -4,8 +4,7 @@
     python benchmarks/breakdown.py --model inception_v3 --weights FILE.pth
 
 Cascading randomization with the methods of vs_peers.py. What lanes do counts for all of them together; waiting is what
-all of it leaves of the wall time. Writes
-results/benchmarks/breakdown_MODEL/.
+all of it leaves of the wall time. Writes results/benchmarks/breakdown_MODEL/.
 """
 
 from __future__ import annotations
@@ -52,7 +51,6 @@ WATCHED: tuple[tuple[Any, str, str], ...] = (
 @contextmanager
 def watched(seconds: dict[str, float]) -> Iterator[None]:
     """Add up the seconds of WATCHED."""
-
     lock = Lock()
 
     def timed(function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sanity  # noqa: F401  (before torch: it sets how OpenMP waits)
 
@@ -27,6 +29,7 @@ from sanity.records import write_json
 from sanity.stages import Stage, derived, grouped, written_out
 
 RESULTS = Path(__file__).parents[1] / "results" / "benchmarks"
+T, R = TypeVar("T"), TypeVar("R")
 
 
 def parser(words: str | None, model: str, weights: str, **numbers: int) -> argparse.ArgumentParser:
@@ -81,6 +84,13 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], repeats: int) ->
                 )
                 bar.update()
     return pd.DataFrame(rows)
+
+
+def spread(work: Callable[[T], R], jobs: Iterable[T], workers: int) -> list[R]:
+    """Do jobs in processes of one thread each."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(work, jobs))
 
 
 def peak_memory() -> float:

@@ -17,22 +17,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
-import torch
+from measuring import spread
 from PIL import Image
 from published import STAGES, VERDICTS, cells, inception
 
@@ -58,7 +56,6 @@ GOALS = {"cnn": 1.0}
 benchmarks/training_length.py."""
 BATCH = 50
 """Evaluations at a time: pictures of 28x28 take more than photographs do."""
-T, R = TypeVar("T"), TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -105,13 +102,6 @@ def ran(experiment: Experiment) -> int:
     experiment.work.mkdir(parents=True, exist_ok=True)
     with experiment.output.with_suffix(".txt").open("w") as told, redirect_stdout(told):
         return sanity_run.main(experiment.words())
-
-
-def spread(work: Callable[[T], R], jobs: Iterable[T], workers: int) -> list[R]:
-    """Do jobs in processes of one thread each."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(work, jobs))
 
 
 def experiments(args: argparse.Namespace) -> list[Experiment]:
@@ -182,14 +172,12 @@ def reasons(found: pd.DataFrame, every: Mapping[str, pd.DataFrame]) -> str:
     which weights the two networks started.
     """
     outside = found[found["deviations"] > 2]
-    known = pd.read_csv(LENGTH) if LENGTH.is_file() else pd.DataFrame()
+    known = pd.read_csv(LENGTH) if LENGTH.is_file() else pd.DataFrame(columns=["decay", "method", "stage", "mean"])
     lines = []
     for cell in outside.itertuples():
-        own = known
-        if len(known):
-            own = known[(known["method"] == cell.method) & (known["stage"] == cell.stage) & (cell.order == "cascading")]
+        own = known[(known["method"] == cell.method) & (known["stage"] == cell.stage) & (cell.order == "cascading")]
         words = f"- {cell.order}, {cell.stage}, {cell.similarity}, {cell.method}: "
-        for decay, rows in own.groupby("decay", sort=False) if len(own) and "decay" in own else ():
+        for decay, rows in own.groupby("decay", sort=False):
             path = ", ".join(f"{value:.2f}" for value in rows["mean"])
             words += f"{'with' if decay else 'without'} weight decay {path} after 0, 1, ... epochs; "
         told = "see benchmarks/training_length." if len(own) else "no reason was measured."

@@ -10,9 +10,7 @@ table.csv, table.md, curves.png, manifest.json. A process for each; ten minutes 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
-import torch
+from measuring import spread
 from published import CASCADE, STAGES
 from torch import nn
 
@@ -49,7 +47,7 @@ def cascade(network: nn.Module, test: Split) -> pd.DataFrame:
 def followed(folder: Path, epochs: int, seed: int, decay: float) -> pd.DataFrame:
     """Train under one decay; rows of `cascade` before the first epoch and after every one."""
     plan = recipe("mnist", "cnn", goal=1.0, epochs=epochs, weight_decay=decay, seed=seed)
-    data, state = load_data(folder), begin(plan)
+    data, state = load_data(folder, plan.data), begin(plan)
     parts = []
 
     def look(epoch: int, test: float) -> None:
@@ -111,10 +109,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     clock, folder = Clock(), find_folder("mnist", options.data_dir)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        parts = pool.map(partial(followed, folder, options.epochs, options.seed), options.decays)
-        table = pd.concat(parts, ignore_index=True)
+    parts = spread(partial(followed, folder, options.epochs, options.seed), options.decays, options.workers)
+    table = pd.concat(parts, ignore_index=True)
     options.output.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.output / "table.csv", index=False, float_format="%.4f")
     (options.output / "table.md").write_text(markdown(table) + "\n")

@@ -135,18 +135,25 @@ class Engine:
         methods = [method for method in self.methods if method.fresh]
         return Engine(methods, self.batch_size, self.on_progress, self.fold, self.reuse, self.lanes)
 
-    def capacity(self, inputs: Inputs) -> int:
-        """Number of states to be swept through together, so that their sums and maps fit into SWEEP_BYTES."""
+    def capacity(self, inputs: Inputs, own: int = 0) -> int:
+        """Number of states to be swept through together, so that their sums and maps fit into SWEEP_BYTES.
+
+        own: bytes of weights that each of them has for itself.
+        """
         pixels, images = inputs.pixels.numel(), len(inputs.ids)
         # Lanes that share an image have sums of it each.
         shared = (images + self.lanes.count - 1) / images
         sums = math.ceil(shared * sum(8 * (1 + method.spread) for method in self._combining))
         maps = inputs.pixels.element_size() * len(self.methods)
-        return max(1, SWEEP_BYTES // max(1, pixels * (sums + maps)))
+        return max(1, SWEEP_BYTES // max(1, pixels * (sums + maps) + own))
 
     @property
     def _combining(self) -> list[GradientMethod]:
         return [method for method in self.methods if isinstance(method, GradientMethod)]
+
+    @property
+    def _functions(self) -> list[FunctionMethod]:
+        return [method for method in self.methods if isinstance(method, FunctionMethod)]
 
     def explain(self, network: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         """Attributions by method: name -> (N, C or 1, H, W), in the dtype and on the device of the pixels.
@@ -173,10 +180,9 @@ class Engine:
         ways = [fast if one else {**fast, Sees.LOGITS: fast[Sees.RECTIFIERS]} for one in tame]
         sweep = _Sweep(self, fast, ways, states, standings, lanes)
         found = sweep.answers(self._combining)
-        functions = [method for method in self.methods if isinstance(method, FunctionMethod)]
-        for n, state in enumerate(states if functions else ()):
+        for n, state in enumerate(states if self._functions else ()):
             state.enter()
-            for method in functions:
+            for method in self._functions:
                 seen = network if method.sees is Sees.LAYERS else ways[n][method.sees]
                 found[n].maps[method.name] = self._call(method, seen, state.inputs)
         order = [method.name for method in self.methods]
@@ -196,7 +202,9 @@ class Engine:
     def _tame(self, fast: Mapping[Sees, nn.Module], inputs: Inputs, standing: Standing) -> bool:
         """Whether rectifiers may be part of convolutions in a state: there, what is not a number would become 0."""
         pixels = inputs.pixels
-        if not self.fold or pixels.device.type != "cpu" or pixels.dtype == torch.float64:
+        sees = {method.rule.sees for method in self._combining} | {method.sees for method in self._functions}
+        joined = self.fold and Sees.LOGITS in sees
+        if not joined or pixels.device.type != "cpu" or pixels.dtype == torch.float64:
             return True
         with torch.no_grad(), standing():
             return bool(logits_of(fast[Sees.RECTIFIERS], pixels[:1]).isfinite().all())

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from sanity import maps, similarity
 from sanity.attributions import Inputs
-from sanity.engine import SWEEP_BYTES, Engine, State, predict
+from sanity.engine import Engine, State, predict
 from sanity.images import Images
 from sanity.lanes import ALONE, Lanes
 from sanity.models import Classifier
@@ -111,11 +111,9 @@ def look_through(
     As many steps as memory allows are explained together, so that what they have in common is evaluated once.
     """
     evaluations = engine.cost * len(trained.inputs.ids)
-    whole = min(engine.capacity(trained.inputs), max(LEAST_BLOCK, BLOCK // max(1, evaluations)))
-    if plan.redraw:
-        # Every step has random weights of its own then.
-        weights = sum(p.numel() * p.element_size() for p in network.parameters())
-        whole = min(whole, max(1, SWEEP_BYTES // max(1, weights)))
+    # Steps share random weights unless they are drawn anew.
+    own = sum(p.numel() * p.element_size() for p in network.parameters()) if plan.redraw else 0
+    whole = min(engine.capacity(trained.inputs, own), max(LEAST_BLOCK, BLOCK // max(1, evaluations)))
     for start in range(0, len(pending), whole):
         block = pending[start : start + whole]
         states = [_state(plan, network, walk, trained, key) for key in block]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ class _Call(NamedTuple):
     result: Any
 
 
-class _Watching(TorchFunctionMode):
+class _Watching(TorchFunctionMode, ABC):
     """Hands every torch function called inside to `call`, with its arguments flat, but for questions of looks."""
 
     def __torch_function__(
@@ -48,9 +49,9 @@ class _Watching(TorchFunctionMode):
             return known
         return self.call(func, _flat(args, kwargs), run)
 
+    @abstractmethod
     def call(self, func: Function, leaves: Sequence[Any], run: Callable[[], Any]) -> Any:
         """What the network gets for a call of func, which `run` makes."""
-        raise NotImplementedError
 
 
 class Recording(_Watching):
