@@ -37,7 +37,6 @@ from sanity.sums import Sums
 METHODS = ("gradient", "smoothgrad", "integrated_gradients", "guided_backprop")
 WATCHED: tuple[tuple[Any, str, str], ...] = (
     (engine, "gradients", "gradients, all lanes"),
-    (engine, "record", "recording the trained pass, all lanes"),
     (Sums, "add", "sums, all lanes"),
     (engine.Engine, "take", "points, all lanes"),
     (engine, "foldable", "looking for what can be joined"),

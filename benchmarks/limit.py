@@ -26,9 +26,8 @@ from unittest import mock
 import measuring
 import pandas as pd
 import torch
+from counting import flops
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
 from sanity import engine, observation
 from sanity.attributions.base import PLAIN, logits_of
@@ -43,26 +42,7 @@ from sanity.randomization import guarded
 from sanity.run import run
 from sanity.stages import Stage
 
-
-class Counter(TorchDispatchMode):
-    """Floating-point operations of products and convolutions, forward and backward, run in this thread."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        if (count := flop_registry.get(func._overloadpacket)) is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 METHODS = ("gradient", "smoothgrad", "gradient_x_input", "guided_backprop", "integrated_gradients")
-
-
-@register_flop_formula(torch.ops.mkldnn._convolution_pointwise)
-def pointwise_flops(x: tuple[int, ...], weight: tuple[int, ...], *rest: Any, out_shape: Any, **more: Any) -> int:
-    """Of a convolution with what is joined to it; the backward pass takes it, too."""
-    return int(conv_flop_count(list(x), list(weight), list(out_shape)))
 
 
 FMA = r"""
@@ -127,7 +107,7 @@ def watched() -> Iterator[Busy]:
     """Measure how long the network is evaluated, in any way, by any lane."""
     busy = Busy()
     with (
-        mock.patch.multiple(engine, gradients=busy.watching(engine.gradients), record=busy.watching(engine.record)),
+        mock.patch.object(engine, "gradients", busy.watching(engine.gradients)),
         mock.patch.object(observation, "predict", busy.watching(observation.predict)),
     ):
         yield busy
@@ -224,13 +204,6 @@ def of_machine(grid: Grid, wall: float) -> pd.DataFrame:
         ("share of it", None if fma is None else executed / wall / fma),
     ]
     return pd.DataFrame(rows, columns=["what", "value"])
-
-
-def flops(work: Callable[[], object]) -> float:
-    """Floating-point operations of products and convolutions that `work` makes in this thread."""
-    with Counter() as counter:
-        work()
-    return float(counter.total)
 
 
 def main() -> None:

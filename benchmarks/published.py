@@ -40,6 +40,17 @@ INCEPTION = {
     },
 }  # fmt: skip
 """Inception v3 on ImageNet, cascading, absolute rank correlation, read off figures, +-.02."""
+RANGES = {
+    ("ssim_released", "guided_backprop"): (1.0, 0.90),
+    ("ssim_released", "gradient"): (0.82, 0.72),
+    ("ssim_released", "integrated_gradients"): (0.92, 0.87),
+    ("ssim_released", "gradient_x_input"): (0.84, 0.82),
+    ("hog_released", "guided_backprop"): (1.0, 0.2),
+    ("hog_released", "gradient"): (0.38, -0.09),
+}
+"""Where the same network's curves of other similarities begin, at the logits, and end, read off figures; HOG of Guided
+Backprop is about 1 down to Mixed_6d and about .2 from there on."""
+ENDS = ("Logits", "Conv2d_1a_3x3")
 VERDICTS = {
     "gradient": "pass",
     "gradcam": "pass",
@@ -68,6 +79,10 @@ def cells() -> pd.DataFrame:
 
 
 def inception() -> pd.DataFrame:
-    """Published points of Inception's curves: method, pictures, stage, published."""
-    rows = [(*key, stage, value) for key, points in INCEPTION.items() for stage, value in points.items()]
-    return pd.DataFrame(rows, columns=["method", "pictures", "stage", "published"])
+    """Published points of Inception's curves: similarity, method, pictures, stage, published."""
+    rows = [
+        ("spearman_abs", *key, stage, value) for key, points in INCEPTION.items() for stage, value in points.items()
+    ]
+    for (similarity, method), ends in RANGES.items():
+        rows += [(similarity, method, "figure", stage, value) for stage, value in zip(ENDS, ends, strict=True)]
+    return pd.DataFrame(rows, columns=["similarity", "method", "pictures", "stage", "published"])

@@ -45,8 +45,9 @@ from sanity.summary import summarize
 from sanity.training import DATASETS, find_folder
 
 RESULTS = Path(__file__).parents[1] / "results"
-LENGTH = RESULTS / "benchmarks" / "training_length" / "table.csv"
-CHESS = RESULTS / "inception_v3_chess" / "scores.parquet"
+LENGTH, MEMORISING = (RESULTS / "benchmarks" / name / "table.csv" for name in ("training_length", "memorising"))
+CHESS = [RESULTS / name / "scores.parquet" for name in ("inception_v3_chess", "inception_v3_chess_released")]
+"""The same network and photographs, by our similarities and by the released code's."""
 KEY = ["order", "stage", "similarity", "method"]
 FEW = 10
 """Images of the published curves. With more, IG-SmoothGrad stays out: it takes thousands of gradients a map."""
@@ -149,8 +150,9 @@ def compared(rows: pd.DataFrame) -> pd.DataFrame:
 
 def inception_compared() -> pd.DataFrame:
     """Published points of Inception's curve beside the chess network's mean and interval there."""
-    found = summarize(read_rows(CHESS).query("order == 'cascading' and similarity == 'spearman_abs'"))
-    return inception().merge(found[["method", "stage", "mean", "low", "high", "n"]], on=["method", "stage"])
+    found = pd.concat([summarize(read_rows(path).query("order == 'cascading'")) for path in CHESS])
+    place = ["similarity", "method", "stage"]
+    return inception().merge(found[[*place, "mean", "low", "high", "n"]], on=place)
 
 
 def markdown(found: pd.DataFrame) -> str:
@@ -161,8 +163,13 @@ def markdown(found: pd.DataFrame) -> str:
         cells_ = [row.order, row.stage, row.similarity, row.method, f"{row.published:.3f}", f"{row.reproduced:.3f}"]
         cells_ += [f"[{row.low:.3f}, {row.high:.3f}]", f"{row.difference:+.3f}", f"{row.std:.3f}"]
         lines.append("| " + " | ".join([*cells_, "" if row.deviations <= 2 else "outside two"]) + " |")
+    return "\n".join(lines) + f"\n\n{agreement(found)}\n"
+
+
+def agreement(found: pd.DataFrame) -> str:
+    """How many published cells were met, in words."""
     within = int((found["deviations"] <= 2).sum())
-    return "\n".join(lines) + f"\n\n{within} of {len(found)} cells within two standard deviations over images.\n"
+    return f"{within} of {len(found)} cells within two standard deviations over images."
 
 
 def reasons(found: pd.DataFrame, every: Mapping[str, pd.DataFrame]) -> str:
@@ -182,7 +189,9 @@ def reasons(found: pd.DataFrame, every: Mapping[str, pd.DataFrame]) -> str:
             words += f"{'with' if decay else 'without'} weight decay {path} after 0, 1, ... epochs; "
         told = "see benchmarks/training_length." if len(own) else "no reason was measured."
         if cell.order == "data":
-            told = started(every[f"{cell.data} {cell.model}"], cell.method, cell.similarity) or told
+            rows = every[f"{cell.data} {cell.model}"]
+            checked = [started(rows, cell.method, cell.similarity), learnt(cell.method, cell.similarity)]
+            told = "; ".join(filter(None, checked)) or told
         lines.append(words + told)
     return "\n".join(["## Cells outside two standard deviations", "", *lines, ""]) if lines else ""
 
@@ -193,8 +202,18 @@ def started(rows: pd.DataFrame, method: str, similarity: str) -> str:
     means = data.groupby(data["seed"] >= 1000)["value"].mean()
     if len(means) < 2:
         return ""
+    return f"{means[False]:.2f} where both networks started from the same weights, {means[True]:.2f} where they did not"
+
+
+def learnt(method: str, similarity: str) -> str:
+    """How the data test's mean changes while permuted labels are learnt; empty if that was not measured."""
+    if not MEMORISING.is_file():
+        return ""
+    known = pd.read_csv(MEMORISING).query("method == @method and similarity == @similarity").set_index("epoch")["mean"]
+    path, epochs = (", ".join(words) for words in ([f"{v:.2f}" for v in known[1:]], map(str, known.index[1:])))
     return (
-        f"{means[False]:.2f} where both networks started from the same weights, {means[True]:.2f} where they did not."
+        f"{known.iloc[0]:.2f} between two networks that were never trained, and {path} between a trained one and one "
+        f"that had learnt permuted labels for {epochs} epochs: see benchmarks/memorising"
     )
 
 
@@ -244,12 +263,13 @@ def inception_markdown(found: pd.DataFrame) -> str:
     lines = [
         title,
         "",
-        "| method | published, of | stage | published | chess network, 95 % interval |",
-        "|---|---|---|---|---|",
+        "| similarity | method | published, of | stage | published | chess network, 95 % interval |",
+        "|---|---|---|---|---|---|",
     ]
     for row in found.itertuples():
         here = f"{row.mean:.2f} [{row.low:.2f}, {row.high:.2f}]"
-        lines.append(f"| {row.method} | {row.pictures} | {row.stage} | {row.published:.2f} | {here} |")
+        words = [row.similarity, row.method, row.pictures, row.stage, f"{row.published:.2f}", here]
+        lines.append("| " + " | ".join(words) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -330,19 +350,22 @@ def main() -> int:
     if any(spread(ran, chosen, args.workers)):
         return 2
     args.output.mkdir(parents=True, exist_ok=True)
-    every, tables = {}, []
+    every, others, tables = {}, {}, []
     for data, model in product(args.data, args.models):
         own = [e for e in chosen if (e.true.data, e.true.model) == (data, model)]
-        rows = scores_of(own, args.images[0])
-        every[f"{data} {model}"] = rows
-        tables.append(compared(rows))
+        few, *more = args.images
+        every[f"{data} {model}"] = scores_of(own, few)
+        others |= {f"{data} {model}, {images} images": scores_of(own, images) for images in more}
+        tables.append(compared(every[f"{data} {model}"]))
         for e in own:
             kept(e, args.output)
     found, points = pd.concat(tables, ignore_index=True), inception_compared()
     found.to_csv(args.output / "comparison.csv", index=False, float_format="%.4f")
     points.to_csv(args.output / "inception.csv", index=False, float_format="%.4f")
     judged = [verdicts(e) for e in chosen if (e.true.data, e.true.model) == ("mnist", "cnn")][:1]
-    parts = [markdown(found), reasons(found, every), *judged, cascades(every), inception_markdown(points)]
+    also = [f"{name}: {agreement(compared(rows))}\n" for name, rows in others.items() if len(compared(rows))]
+    tested = cascades(every | others)
+    parts = [markdown(found), *also, reasons(found, every), *judged, tested, inception_markdown(points)]
     words = "\n".join([*parts, times(needed, chosen)])
     (args.output / "comparison.md").write_text(words)
     drawn(every, args.output / "curves.png")

@@ -30,7 +30,7 @@ from sanity.report.looks import looks
 from sanity.training import Split, begin, find_folder, load_data, recipe, train
 
 OUTPUT = Path(__file__).parents[1] / "results" / "benchmarks" / "training_length"
-METHODS = ("gradient", "guided_backprop", "smoothgrad")
+METHODS = ("gradient", "guided_backprop", "smoothgrad", "integrated_gradients_smoothgrad")
 SHOWN = STAGES[:2]
 IMAGES = 10
 

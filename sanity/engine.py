@@ -30,7 +30,7 @@ from sanity.attributions.gradients import PIXELS
 from sanity.folding import Folded, foldable
 from sanity.lanes import ALONE, Lanes
 from sanity.memory import CANDIDATES, available, bytes_of, fastest, in_parts, tried
-from sanity.reuse import CannotReuseError, Recording, Replaying
+from sanity.reuse import CannotReuseError, Pass
 from sanity.substitution import Substituting, stand_ins, substituted
 from sanity.sums import Sums, attribution
 
@@ -77,21 +77,21 @@ def gradients(
     images: Tensor,
     targets: Tensor,
     rule: Rule,
-    recording: Recording | None = None,
+    forward: Pass | None = None,
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of each target's logit at each image's point, and the logits.
 
-    points (N, C, H, W), images likewise, targets (N,) -> (N, C, H, W), (N, classes). With a recording of the
-    same points, which must be the very tensor that was run then, only what has changed is run.
+    points (N, C, H, W), images likewise, targets (N,) -> (N, C, H, W), (N, classes). forward: what the network is run
+    in, at points that require gradients and are, if there was a pass before it, the very tensor run then; keep: its
+    graph may be used again.
     """
     with torch.enable_grad():
-        x = points if recording else points.detach().requires_grad_()
-        with rule.context(network, points, images), Replaying(recording) if recording else nullcontext() as replay:
+        x = points if forward is not None else points.detach().requires_grad_()
+        with rule.context(network, points, images), nullcontext() if forward is None else forward:
             logits = logits_of(network, x)
         chosen = logits.gather(1, targets.to(logits.device)[:, None])
-        found = torch.autograd.grad(chosen.sum(), x, retain_graph=recording is not None)[0]
-    if recording is not None and replay is not None:
-        recording.shares.append(replay.reused / max(1, len(recording.calls)))
+        found = torch.autograd.grad(chosen.sum(), x, retain_graph=keep)[0]
     return found, logits.detach()
 
 
@@ -174,11 +174,11 @@ class Engine:
             self._chunk, self._points = inputs.ids, {}
         lanes = self.lanes if all(state.values is not None for state in states) else ALONE
         trained()
-        standings = _standings(network, states, trained, lanes)
+        standings = _standings(network, states, lanes)
         fast = self._fast(network, inputs)
-        tame = lanes.map(partial(self._tame, fast, inputs), standings[1])
+        tame = lanes.map(partial(self._tame, fast, inputs), standings)
         ways = [fast if one else {**fast, Sees.LOGITS: fast[Sees.RECTIFIERS]} for one in tame]
-        sweep = _Sweep(self, fast, ways, states, standings, lanes)
+        sweep = _Sweep(self, ways, states, standings, lanes)
         found = sweep.answers(self._combining)
         for n, state in enumerate(states if self._functions else ()):
             state.enter()
@@ -264,14 +264,15 @@ class Engine:
             self.on_progress(evaluations)
 
     def evaluate(
-        self, network: nn.Module, inputs: Inputs, rule: Rule, reuse: bool, batch: _Batch
+        self, network: nn.Module, inputs: Inputs, rule: Rule, batch: _Batch, reuse: bool, keep: bool
     ) -> tuple[Tensor, Tensor]:
-        """`gradients` of one micro-batch, with what is kept of the trained pass where that can be."""
+        """`gradients` of one micro-batch; reuse: what was kept of the state before; keep: for the state after."""
         mates = batch.mates(inputs)
-        if reuse and batch.recording is not None:
-            answer = batch.again(network, mates, rule)
+        if (reuse or keep) and not batch.spoilt:
+            answer = batch.gradients(network, mates, rule, reuse, keep)
             if answer is not None:
                 return answer
+        batch.kept = None
         return self._gradients(network, batch.points.detach(), mates, rule)
 
     def _at(self, point: Point, inputs: Inputs, n: int) -> Tensor:
@@ -284,31 +285,21 @@ class Engine:
         return place
 
 
-def record(network: nn.Module, points: Tensor, images: Tensor, rule: Rule) -> Recording:
-    """Run a network at points (N, C, H, W) that require gradients, and keep all that it computes."""
-    recording = Recording()
-    with torch.enable_grad(), rule.context(network, points, images), recording:
-        logits_of(network, points)
-    return recording
-
-
 Standing = Callable[[], AbstractContextManager[object]]
 """Makes a context in which the network stands as in one state."""
 
 
-def _standings(
-    network: nn.Module, states: Sequence[State], trained: Callable[[], object], lanes: Lanes
-) -> tuple[Standing, list[Standing]]:
-    """How the network is put as it was trained, where it stands now, and in every state; for this thread or for all."""
+def _standings(network: nn.Module, states: Sequence[State], lanes: Lanes) -> list[Standing]:
+    """How the network, which now stands as trained, is put as in each state; for this thread or for all."""
     if lanes.count > 1:
         values = [stand_ins(network, state.values or {}) for state in states]
-        return nullcontext, [partial(substituted, found) for found in values]
+        return [partial(substituted, found) for found in values]
 
-    def entering(enter: Callable[[], object]) -> AbstractContextManager[object]:
-        enter()
+    def entering(state: State) -> AbstractContextManager[object]:
+        state.enter()
         return nullcontext()
 
-    return partial(entering, trained), [partial(entering, state.enter) for state in states]
+    return [partial(entering, state) for state in states]
 
 
 def _shared_out(work: list[_Evaluation], count: int) -> list[list[_Evaluation]]:
@@ -325,14 +316,13 @@ Users = Mapping[str, Mapping[Point, Sequence[GradientMethod]]]
 class _Sweep:
     """Through all states with one micro-batch after another; every lane goes its own way.
 
-    fast: the network as rules may run it when it stands as trained; ways: likewise in each state.
+    ways: the network as rules may run it in each state; standings: how it is put so.
     """
 
     engine: Engine
-    fast: Mapping[Sees, nn.Module]
     ways: Sequence[Mapping[Sees, nn.Module]]
     states: Sequence[State]
-    standings: tuple[Standing, list[Standing]]
+    standings: Sequence[Standing]
     lanes: Lanes
 
     def answers(self, methods: Sequence[GradientMethod]) -> list[Answer]:
@@ -373,69 +363,62 @@ class _Sweep:
         work: Sequence[_Evaluation],
         found: Sequence[Sums],
     ) -> None:
-        inputs, network = self.states[0].inputs, self.fast[rule.sees]
-        trained, states = self.standings
+        inputs, states = self.states[0].inputs, len(self.states)
         images = range(work[0].n, work[-1].n + 1)
         for method in {m.name: m for one in work for m in users[one.point]}.values():
             for sums in found:
                 sums.begin(method, images, inputs.pixels)
-        # States in which too little could be reused are run as a whole.
-        worth = self.engine.reuse and rule.replayable and len(states) > 1
-        sharing = [worth and ways[rule.sees] is network for ways in self.ways]
+        # By state, whether it reuses what is kept of the one before it: not where that is too little.
+        reusing = [self.engine.reuse and rule.replayable and s > 0 for s in range(states)] + [False]
         waiting = deque(work)
         while waiting:
             batch = self.engine.take(waiting, inputs)
-            if any(sharing):
-                with trained():
-                    batch.record(network, inputs, rule)
-            for s, standing in enumerate(states):
+            for s, standing in enumerate(self.standings):
                 self.lanes.check()
                 with standing():
-                    way = self.ways[s][rule.sees]
-                    answer = self.engine.evaluate(way, self.states[s].inputs, rule, sharing[s], batch)
+                    way, reuse = self.ways[s][rule.sees], reusing[s] and batch.kept is not None
+                    answer = self.engine.evaluate(way, self.states[s].inputs, rule, batch, reuse, reusing[s + 1])
                 for one, gradient, row in zip(batch.work, *answer, strict=True):
                     if rule is PLAIN and one.point in PIXELS:
                         found[s].logits[one.n] = row
                     for method in users[one.point]:
                         found[s].add(method, one.n, one.point, gradient, inputs)
-                sharing[s] = sharing[s] and batch.share >= WORTH
+                reusing[s] = reusing[s] and (not reuse or batch.share >= WORTH)
                 self.engine.tell(len(batch.work))
 
 
 @dataclass
 class _Batch:
-    """A micro-batch: evaluations one by one, the points (N, C, H, W), and what is kept of the trained pass.
+    """A micro-batch: evaluations one by one, the points (N, C, H, W), and what is kept of the last state's pass.
 
-    share: of the calls kept, how many the last state could reuse.
+    share: of the last state's calls, how many it could reuse; spoilt: nothing can be kept.
     """
 
     work: list[_Evaluation]
     points: Tensor
-    recording: Recording | None = None
+    kept: Pass | None = None
     share: float = 0.0
+    spoilt: bool = False
 
     def mates(self, inputs: Inputs) -> Inputs:
         """The images that the points belong to, one a point."""
         owners = [one.n for one in self.work]
         return Inputs(inputs.pixels[owners], inputs.targets[owners], tuple(inputs.ids[n] for n in owners))
 
-    def record(self, network: nn.Module, inputs: Inputs, rule: Rule) -> None:
-        """Keep the forward pass, if memory suffices."""
-        self.points.requires_grad_()
-        self.recording = tried(partial(record, network, self.points, self.mates(inputs).pixels, rule))
-
-    def again(self, network: nn.Module, mates: Inputs, rule: Rule) -> tuple[Tensor, Tensor] | None:
-        """`gradients` by the kept pass, or None, from then on, if that cannot be or memory does not suffice."""
-        assert self.recording is not None
-        self.share = 0.0
+    def gradients(
+        self, network: nn.Module, mates: Inputs, rule: Rule, reuse: bool, keep: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """`gradients` in a kept pass, or None, from then on, if that cannot be or memory does not suffice."""
+        forward, self.kept, self.share = Pass(self.kept if reuse else None), None, 0.0
+        points = self.points.requires_grad_()
         try:
-            found = tried(partial(gradients, network, self.points, mates.pixels, mates.targets, rule, self.recording))
+            found = tried(partial(gradients, network, points, mates.pixels, mates.targets, rule, forward, keep))
         except CannotReuseError:
             found = None
         if found is None:
-            self.recording = None
+            self.spoilt = True
         else:
-            self.share = self.recording.shares[-1]
+            self.kept, self.share = forward if keep else None, forward.share
         return found
 
 

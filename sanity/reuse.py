@@ -54,69 +54,72 @@ class _Watching(TorchFunctionMode, ABC):
         """What the network gets for a call of func, which `run` makes."""
 
 
-class Recording(_Watching):
-    """Keeps the result, with its graph, of every torch function called inside.
+class Pass(_Watching):
+    """One forward pass, which keeps the result, with its graph, of every torch function called inside for the next one.
 
-    shares: of the calls kept, how many each later pass could reuse.
+    Every call whose arguments are what they were in the pass before is answered from there; all others are run.
+    Arguments are the same where they are the very same tensors in the same memory, so a call is answered only if
+    nothing before it has changed: no parameter, and no result. A network may take another way than in the pass
+    before; from there on its calls are run. reused counts the calls answered. CannotReuseError is raised where a call
+    that must be run reads, or writes to, a kept tensor that the pass before wrote to in place.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: Pass | None = None) -> None:
         super().__init__()
+        self.before = before
         self.calls: list[_Call] = []
         self.made: set[int] = set()
-        self.shares: list[float] = []
-
-    def call(self, func: Function, leaves: Sequence[Any], run: Callable[[], Any]) -> Any:
-        """Run it, and keep the result if it is made of tensors."""
-        with torch._C.DisableTorchFunction():
-            states = [_state(leaf) for leaf in leaves]
-        result = run()
-        made = [leaf for leaf in _flat((result,)) if isinstance(leaf, Tensor)]
-        if made and (any(states) or func in _DETERMINISTIC):
-            self.calls.append(_Call(func, leaves, states, result))
-            # The calls keep these alive, so an id names one tensor only.
-            self.made.update(id(leaf) for leaf in made)
-        return result
-
-
-class Replaying(_Watching):
-    """Answers from a recording every call whose arguments are what they were then; runs all others.
-
-    Arguments are the same where they are the very same tensors in the same memory, so a call is answered only if
-    nothing before it has changed: no parameter, and no result. A network may take another way than when it was
-    recorded; from there on its calls are run. reused counts the calls answered. CannotReuseError is raised, and the
-    recording is of no more use, where a call that must be run reads, or writes to, a kept tensor that the
-    recorded pass wrote to in place.
-    """
-
-    def __init__(self, recording: Recording) -> None:
-        super().__init__()
-        self.recording = recording
         self.place = 0
         self.reused = 0
 
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        # What only the pass before had computed can be given free.
+        self.before = None
+
+    @property
+    def share(self) -> float:
+        """Of the calls kept, how many the pass before answered."""
+        return self.reused / max(1, len(self.calls))
+
     def call(self, func: Function, leaves: Sequence[Any], run: Callable[[], Any]) -> Any:
-        """The recorded result, or that of running it now."""
-        calls, place = self.recording.calls, self.place
-        call = calls[place] if place < len(calls) and calls[place].func is func else None
+        """The result that the pass before had, or that of running it now."""
         with torch._C.DisableTorchFunction():
+            call = self._then(func)
             if call is not None and _same(call, leaves):
-                self.place, self.reused = place + 1, self.reused + 1
+                self._keep(call)
+                self.reused += 1
                 return call.result
             kept = self._kept(call, leaves)
+            states = [_state(leaf) for leaf in leaves]
         result = run()
-        if call is not None:
-            self.place += 1
         with torch._C.DisableTorchFunction():
             if any(leaf._version != version for leaf, version in kept):
                 raise CannotReuseError
+        if any(states) or func in _DETERMINISTIC:
+            self._keep(_Call(func, leaves, states, result))
         return result
 
+    def _then(self, func: Function) -> _Call | None:
+        """What the pass before called at this place, if it is the same function; the place is then passed."""
+        calls = self.before.calls if self.before is not None else []
+        if self.place < len(calls) and calls[self.place].func is func:
+            self.place += 1
+            return calls[self.place - 1]
+        return None
+
+    def _keep(self, call: _Call) -> None:
+        """Keep a call for the pass after this one, if it made tensors."""
+        if made := [id(leaf) for leaf in _flat((call.result,)) if isinstance(leaf, Tensor)]:
+            self.calls.append(call)
+            # The calls keep these alive, so an id names one tensor only.
+            self.made.update(made)
+
     def _kept(self, call: _Call | None, leaves: Sequence[Any]) -> list[tuple[Tensor, int]]:
-        """Tensors of the recording that a call is about to read, with their versions."""
-        found = []
-        for index, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor) and id(leaf) in self.recording.made:
+        """Tensors of the pass before that a call is about to read, with their versions."""
+        found: list[tuple[Tensor, int]] = []
+        for index, leaf in enumerate(leaves if self.before is not None else ()):
+            if isinstance(leaf, Tensor) and self.before is not None and id(leaf) in self.before.made:
                 known = call is not None and index < len(call.leaves) and call.leaves[index] is leaf
                 state = call.states[index] if known and call is not None else None
                 if leaf._version != (state[1] if state else 0):
