@@ -30,7 +30,7 @@ from torch import Tensor
 from sanity import attributions, images, maps, models
 from sanity.attributions import Inputs
 from sanity.attributions.rectifiers import Rectifying, threshold
-from sanity.command import Clock, environment
+from sanity.command import Clock
 from sanity.engine import Engine, predict
 from sanity.randomization import Draws, guarded, randomized, reinitialiser
 from sanity.records import read_rows, read_unrelated, write_json
@@ -183,7 +183,7 @@ def main() -> None:
     text = "\n\n".join(parts) + "\n"
     (options.output / "answer.md").write_text(text)
     manifest = {"command": "python benchmarks/activation_freezing.py", "samples": options.samples}
-    write_json(options.output / "manifest.json", {**manifest, **clock.stamp(), **environment()})
+    write_json(options.output / "manifest.json", {**manifest, **clock.manifest()})
     print(text)
 
 

@@ -38,7 +38,7 @@ from sanity import models
 from sanity.blocks import packed
 from sanity.cells import Ledger
 from sanity.cluster import Cluster, reached
-from sanity.command import Clock, environment
+from sanity.command import Clock
 from sanity.distributed import Crew, lacking
 from sanity.folder import RunFolder
 from sanity.observation import CHUNK
@@ -316,9 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import ray
 
     command = ["python", "benchmarks/distributed.py", *(arguments if arguments is not None else sys.argv[1:])]
-    write_json(
-        OUTPUT / "run.json", {"command": " ".join(command), **environment(), "ray": ray.__version__, **clock.stamp()}
-    )
+    write_json(OUTPUT / "run.json", {"command": " ".join(command), "ray": ray.__version__, **clock.manifest()})
     print((OUTPUT / "table.md").read_text())
     return 0
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from sanity import images as image_sets
 from sanity import models
-from sanity.command import Clock, environment
+from sanity.command import Clock
 from sanity.comparison import CHANGED, INCONCLUSIVE, MAX_SHIFT, SAME
 from sanity.fingerprints import fingerprints
 from sanity.gate import gate
@@ -378,7 +378,7 @@ def main() -> None:
         "max_shift": MAX_SHIFT,
     }
     command = shlex.join(["python", "benchmarks/gate_confusion.py", *sys.argv[1:]])
-    write_json(values.output / "manifest.json", {"command": command, **about, **clock.stamp(), **environment()})
+    write_json(values.output / "manifest.json", {"command": command, **about, **clock.manifest()})
     print(told(rows))
 
 

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from sanity import images, models
-from sanity.command import Clock, environment
+from sanity.command import Clock
 from sanity.images import Images
 from sanity.memory import hold
 from sanity.models import Classifier
@@ -116,7 +116,7 @@ def publish(name: str, tables: Mapping[str, pd.DataFrame], words: Sequence[str],
     text = "\n\n".join(parts) + "\n"
     (folder / "table.md").write_text(text)
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    manifest = {"command": command, "threads": torch.get_num_threads(), **more, **clock.stamp(), **environment()}
+    manifest = {"command": command, "threads": torch.get_num_threads(), **more, **clock.manifest()}
     write_json(folder / "run.json", manifest)
     print(text)
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import sanity
-from sanity.command import Clock, environment
+from sanity.command import Clock
 from sanity.records import write_json
 from sanity.report.looks import looks
 from sanity.training import begin, find_folder, load_data, recipe, train, with_labels
@@ -134,7 +134,7 @@ def main() -> None:
     (options.output / "table.md").write_text(markdown(table) + "\n")
     drawn(table, options.output / "curves.png")
     command = " ".join(["python", *sys.argv])
-    write_json(options.output / "manifest.json", {"command": command, **environment(), **clock.stamp()})
+    write_json(options.output / "manifest.json", {"command": command, **clock.manifest()})
     print(markdown(table))
 
 

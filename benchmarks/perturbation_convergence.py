@@ -33,7 +33,7 @@ from tqdm import tqdm
 from sanity import images, models
 from sanity.attributions.base import Inputs
 from sanity.attributions.perturbation import DEFAULT, PAPER, MaskProblem, MaskSettings, descent_steps
-from sanity.command import Clock, environment
+from sanity.command import Clock
 from sanity.records import write_json
 from sanity.report.looks import COLOURS
 
@@ -216,8 +216,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "seed": options.seed,
         "schemes": {name: asdict(settings) for name, settings in schemes.items()},
-        **clock.stamp(),
-        **environment(),
+        **clock.manifest(),
     }
     write_json(output / "manifest.json", manifest)
     partial.unlink()

@@ -36,7 +36,7 @@ from published import STAGES, VERDICTS, cells, inception
 
 from sanity import plan
 from sanity import run as sanity_run
-from sanity.command import Clock, environment
+from sanity.command import Clock
 from sanity.experiment import PRESET, Training
 from sanity.records import read_rows, write_json
 from sanity.report.curves import plot
@@ -370,7 +370,7 @@ def main() -> int:
     (args.output / "comparison.md").write_text(words)
     drawn(every, args.output / "curves.png")
     trained = {one.folder.name: header(one) for one in needed}
-    manifest = {"command": " ".join(["python", *sys.argv]), "trainings": trained, **environment(), **clock.stamp()}
+    manifest = {"command": " ".join(["python", *sys.argv]), "trainings": trained, **clock.manifest()}
     write_json(args.output / "manifest.json", manifest)
     print(words)
     return 0

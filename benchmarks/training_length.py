@@ -24,7 +24,7 @@ from published import CASCADE, STAGES
 from torch import nn
 
 import sanity
-from sanity.command import Clock, environment
+from sanity.command import Clock
 from sanity.records import write_json
 from sanity.report.looks import looks
 from sanity.training import Split, begin, find_folder, load_data, recipe, train
@@ -116,7 +116,7 @@ def main() -> None:
     (options.output / "table.md").write_text(markdown(table) + "\n")
     drawn(table, options.output / "curves.png")
     command = " ".join(["python", *sys.argv])
-    write_json(options.output / "manifest.json", {"command": command, **environment(), **clock.stamp()})
+    write_json(options.output / "manifest.json", {"command": command, **clock.manifest()})
     print(markdown(table))
 
 

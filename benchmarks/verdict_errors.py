@@ -7,7 +7,7 @@ planted explainers from 10 test digits: the gradient and SmoothGrad, which read 
 edges with a tenth of the gradient mixed in, which must fail; noise, which must be called uninformative. A verdict that
 says the opposite is an error; an inconclusive one where there is an answer is a miss. Writes
 results/benchmarks/verdict_errors/: verdicts.csv (a row for each seed, explainer and similarity), errors.csv, errors.md
-(shares, with 95 % Wilson intervals) and manifest.json. Five minutes on one core.
+(shares, with 95 % Wilson intervals) and manifest.json. Fifty minutes on one core.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tqdm import tqdm
 import sanity
 from sanity.attributions.base import Inputs
 from sanity.attributions.controls import sobel_magnitude
-from sanity.command import Clock, environment
+from sanity.command import Clock
 from sanity.records import write_json
 from sanity.streams import stream
 
@@ -149,7 +149,7 @@ def main() -> None:
     table.to_csv(options.output / "errors.csv", index=False, float_format="%.4f")
     words = markdown(table, found["accuracy"])
     (options.output / "errors.md").write_text(words)
-    manifest = {"command": " ".join(["python", *sys.argv]), "right": RIGHT, **environment(), **clock.stamp()}
+    manifest = {"command": " ".join(["python", *sys.argv]), "right": RIGHT, **clock.manifest()}
     write_json(options.output / "manifest.json", manifest)
     print(words)
 

@@ -78,11 +78,17 @@ def commit() -> str | None:
 
 
 class Clock:
-    """When something started and how long it took."""
+    """When something started, by what code, and how long it took."""
 
     def __init__(self) -> None:
         self.start, self.began = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+        # What is asked at the end may be told of a commit made meanwhile.
+        self.environment = environment()
 
     def stamp(self) -> Mapping[str, Any]:
         """Start (UTC) and seconds since."""
         return {"started": self.began, "seconds": round(time.perf_counter() - self.start, 1)}
+
+    def manifest(self) -> Mapping[str, Any]:
+        """`stamp`, and `environment` as it was at the start."""
+        return {**self.environment, **self.stamp()}

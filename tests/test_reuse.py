@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from sanity import attributions, models
 from sanity.attributions import Inputs
 from sanity.attributions.base import PLAIN, Sees
 from sanity.engine import Answer, Engine, State, gradients, predict
+from sanity.lanes import Lanes
 from sanity.randomization import Draws, Walk, guarded, randomized, reinitialiser
 from sanity.reuse import CannotReuseError, Pass
 from sanity.stages import derived, grouped
@@ -213,3 +216,33 @@ def test_a_network_whose_way_depends_on_what_it_sees_is_right() -> None:
         without, _ = swept(network, x, ("gradient",), order, False, 2)
         for found, wanted in zip(with_reuse, without, strict=True):
             assert_close(found.maps["gradient"], wanted.maps["gradient"], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("name", "order"), [*ORDERS[:5], ("awkward", "bottom_up"), ("efficientnet_lite0", "bottom_up")]
+)
+def test_all_fast_paths_together_cost_no_accuracy_in_float32(name: str, order: str) -> None:
+    # Folding, reuse, joined rectifiers and lanes at once, against float64 without any: as far from it as float32
+    # without any is, or nearer. Both are rounding, so neither is exactly the other's; three times is far from a fault.
+    network, x = made(name), grid(NETWORKS[name][1])
+    methods = [attributions.find(one) for one in ("gradient", "integrated_gradients:samples=3")]
+    stages = grouped(derived(network, x[:1]), 4)
+
+    def maps(dtype: torch.dtype, fast: bool) -> Tensor:
+        inputs = Inputs(x.to(dtype), torch.tensor([2, 1]), ("a", "b"), seed=5)
+        draws = Draws(reinitialiser("variance_scaling"))
+        with (
+            closing(Lanes(2 if fast else 1)) as lanes,
+            guarded(network, dtype=dtype),
+            randomized(network, stages, order, 3, draws) as walk,
+        ):
+            engine = Engine(methods, 3, fold=fast, reuse=fast, lanes=lanes)
+            states = [State(partial(walk.enter, n), inputs, walk.values(n)) for n in range(len(walk))]
+            found = engine.sweep(network, states, partial(walk.enter, 0))
+        return torch.stack([answer.maps[method.name].double() for answer in found for method in methods])
+
+    exact, slow, fast = maps(torch.float64, False), maps(torch.float32, False), maps(torch.float32, True)
+    errors = [(one - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1) for one in (slow, fast)]
+    plain, ours = (float(error.square().mean().sqrt()) for error in errors)
+    assert not slow.equal(fast)
+    assert 0 < ours < 3 * plain, (ours, plain)
