@@ -28,6 +28,7 @@ from sanity.attributions.base import PLAIN
 from sanity.command import Clock
 from sanity.engine import gradients
 from sanity.folding import Folded, foldable
+from sanity.lanes import suited
 from sanity.observation import load
 from sanity.plan import Plan
 from sanity.randomization import guarded
@@ -92,7 +93,7 @@ def main() -> None:
     example = load(classifier, pictures, plan, "cpu")[:1]
     stages = measuring.stages_of(classifier, example, None)
     seconds: dict[str, float] = defaultdict(float)
-    threads = torch.get_num_threads()
+    threads = suited("cpu", classifier.reentrant)
     with watched(seconds):
         start = time.perf_counter()
         for _ in run(plan, classifier, pictures, stages, batch_size=options.batch_size):

@@ -78,7 +78,7 @@ def followed(true: nn.Module, folder: Path, seed: int, epochs: int, every: int) 
 def markdown(table: pd.DataFrame) -> str:
     """The table a person reads: a row for each look, absolute and signed correlation of each method."""
     lines = [
-        "| epochs | training images right | " + " | ".join(METHODS) + " |",
+        "| epochs | training images right, in passing | " + " | ".join(METHODS) + " |",
         "|" + "---|" * (2 + len(METHODS)),
     ]
     for (epoch, running), rows in table.groupby(["epoch", "running"], sort=False, dropna=False):

@@ -152,6 +152,8 @@ def inception_compared() -> pd.DataFrame:
     """Published points of Inception's curve beside the chess network's mean and interval there."""
     found = pd.concat([summarize(read_rows(path).query("order == 'cascading'")) for path in CHESS])
     place = ["similarity", "method", "stage"]
+    # Both runs may have scores by absolute rank: the first one's count.
+    found = found.drop_duplicates(place)
     return inception().merge(found[[*place, "mean", "low", "high", "n"]], on=place)
 
 
@@ -344,6 +346,8 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("reproduction_work"), help="networks and runs are kept here")
     parser.add_argument("--output", type=Path, default=RESULTS / "reproduction")
     args = parser.parse_args()
+    if absent := [path for path in CHESS if not path.is_file()]:
+        parser.error(f"{absent[0]} is missing: it is part of this repository")
     clock, chosen = Clock(), experiments(args)
     needed = trainings(chosen)
     spread(Training.ensure, needed, args.workers)

@@ -92,7 +92,8 @@ def gradients(
             logits = logits_of(network, x)
         chosen = logits.gather(1, targets.to(logits.device)[:, None])
         found = torch.autograd.grad(chosen.sum(), x, retain_graph=keep)[0]
-    return found, logits.detach()
+    # A copy: the next pass may write to what is kept of this one, and is then found out.
+    return found, logits.detach().clone()
 
 
 class Engine:
@@ -272,7 +273,6 @@ class Engine:
             answer = batch.gradients(network, mates, rule, reuse, keep)
             if answer is not None:
                 return answer
-        batch.kept = None
         return self._gradients(network, batch.points.detach(), mates, rule)
 
     def _at(self, point: Point, inputs: Inputs, n: int) -> Tensor:
@@ -384,6 +384,8 @@ class _Sweep:
                     for method in users[one.point]:
                         found[s].add(method, one.n, one.point, gradient, inputs)
                 reusing[s] = reusing[s] and (not reuse or batch.share >= WORTH)
+                # What memory does not suffice for once is not tried with every batch.
+                reusing[s + 1] = reusing[s + 1] and not batch.spoilt
                 self.engine.tell(len(batch.work))
 
 
@@ -391,7 +393,7 @@ class _Sweep:
 class _Batch:
     """A micro-batch: evaluations one by one, the points (N, C, H, W), and what is kept of the last state's pass.
 
-    share: of the last state's calls, how many it could reuse; spoilt: nothing can be kept.
+    share: of the last state's calls, how many it could reuse; spoilt: memory does not suffice for a kept pass.
     """
 
     work: list[_Evaluation]
@@ -408,18 +410,24 @@ class _Batch:
     def gradients(
         self, network: nn.Module, mates: Inputs, rule: Rule, reuse: bool, keep: bool
     ) -> tuple[Tensor, Tensor] | None:
-        """`gradients` in a kept pass, or None, from then on, if that cannot be or memory does not suffice."""
-        forward, self.kept, self.share = Pass(self.kept if reuse else None), None, 0.0
+        """`gradients` in a kept pass, or None, from then on, if memory does not suffice."""
+        before, self.kept, self.share = self.kept if reuse else None, None, 0.0
         points = self.points.requires_grad_()
+
+        def run(before: Pass | None) -> tuple[Pass, tuple[Tensor, Tensor]]:
+            forward = Pass(before)
+            return forward, gradients(network, points, mates.pixels, mates.targets, rule, forward, keep)
+
         try:
-            found = tried(partial(gradients, network, points, mates.pixels, mates.targets, rule, forward, keep))
+            found = tried(partial(run, before))
         except CannotReuseError:
-            found = None
+            before = None
+            found = tried(partial(run, None))
         if found is None:
             self.spoilt = True
-        else:
-            self.kept, self.share = forward if keep else None, forward.share
-        return found
+            return None
+        self.kept, self.share = found[0] if keep else None, found[0].share
+        return found[1]
 
 
 def part_of(inputs: Inputs, start: int, stop: int) -> Inputs:
@@ -444,7 +452,7 @@ def predict(network: nn.Module, pixels: Tensor, batch_size: int) -> Tensor:
 def best_batch(network: nn.Module, example: Tensor, lanes: int = 1) -> int:
     """Number of evaluations at a time that runs fastest here, measured; example (1, C, H, W).
 
-    Of those that fit into memory in every lane, with the kept pass of the trained network beside the one at work.
+    Of those that fit into memory in every lane, with the kept pass of the state before beside the one at work.
     """
     target = torch.zeros(1, dtype=torch.int64, device=example.device)
 

@@ -30,7 +30,7 @@ CHUNK = 8
 
 BLOCK, LEAST_BLOCK = 4000, 4
 """Evaluations after which steps are handed on, so that an interrupted run loses minutes at most; and the fewest steps
-explained together all the same, since a block evaluates the trained network once more for itself."""
+explained together all the same, since the first of a block has nothing to reuse."""
 
 Descriptions = Mapping[tuple[str, str], Description]
 """(method, similarity) -> what is kept of a batch's maps."""

@@ -17,6 +17,7 @@ _DETERMINISTIC = {torch.zeros, torch.ones, torch.full, torch.arange, torch.linsp
 """Functions that make a tensor of none, always the same one."""
 
 
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _METADATA = {
     "__get__", "dim", "ndimension", "size", "numel", "nelement", "stride", "storage_offset", "is_contiguous",
     "is_floating_point", "is_complex", "element_size", "get_device", "__len__",
@@ -61,7 +62,9 @@ class Pass(_Watching):
     Arguments are the same where they are the very same tensors in the same memory, so a call is answered only if
     nothing before it has changed: no parameter, and no result. A network may take another way than in the pass
     before; from there on its calls are run. reused counts the calls answered. CannotReuseError is raised where a call
-    that must be run reads, or writes to, a kept tensor that the pass before wrote to in place.
+    that must be run reads, or writes to, a kept tensor that the pass before wrote to in place; where anything else has
+    written to a kept tensor, at the end; and where a network asks for a kept tensor's `data`, which can be written to
+    unnoticed.
     """
 
     def __init__(self, before: Pass | None = None) -> None:
@@ -71,11 +74,17 @@ class Pass(_Watching):
         self.made: set[int] = set()
         self.place = 0
         self.reused = 0
+        self._versions: list[tuple[Tensor, int]] = []
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)  # type: ignore[no-untyped-call]
-        # What only the pass before had computed can be given free.
-        self.before = None
+        before, self.before = self.before, None
+        with torch._C.DisableTorchFunction():
+            if raised[0] is None and before and any(kept._version != version for kept, version in before._versions):
+                raise CannotReuseError
+            # What only the pass before had computed can be given free.
+            made = (leaf for call in self.calls for leaf in _flat((call.result,)) if isinstance(leaf, Tensor))
+            self._versions = [(tensor, tensor._version) for tensor in made]
 
     @property
     def share(self) -> float:
@@ -85,6 +94,8 @@ class Pass(_Watching):
     def call(self, func: Function, leaves: Sequence[Any], run: Callable[[], Any]) -> Any:
         """The result that the pass before had, or that of running it now."""
         with torch._C.DisableTorchFunction():
+            if self.before is not None and func == _DATA and id(leaves[0]) in self.before.made:
+                raise CannotReuseError
             call = self._then(func)
             if call is not None and _same(call, leaves):
                 self._keep(call)
@@ -103,7 +114,8 @@ class Pass(_Watching):
     def _then(self, func: Function) -> _Call | None:
         """What the pass before called at this place, if it is the same function; the place is then passed."""
         calls = self.before.calls if self.before is not None else []
-        if self.place < len(calls) and calls[self.place].func is func:
+        # Getters of attributes are made anew whenever they are asked for: equal, but not the same.
+        if self.place < len(calls) and calls[self.place].func == func:
             self.place += 1
             return calls[self.place - 1]
         return None

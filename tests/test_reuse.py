@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.testing import assert_close
 from sanity import attributions, models
 from sanity.attributions import Inputs
 from sanity.attributions.base import PLAIN, Sees
-from sanity.engine import Answer, Engine, State, gradients, predict
+from sanity.engine import Answer, Engine, State, _Batch, gradients, predict
 from sanity.lanes import Lanes
 from sanity.randomization import Draws, Walk, guarded, randomized, reinitialiser
 from sanity.reuse import CannotReuseError, Pass
@@ -185,6 +186,91 @@ def test_a_network_that_writes_to_what_was_kept_is_run_as_a_whole(harm: str) -> 
         without, _ = swept(network, x, ("gradient",), order, False)
         for found, wanted in zip(with_reuse, without, strict=True):
             assert_close(found.maps["gradient"], wanted.maps["gradient"], rtol=1e-12, atol=1e-14)
+
+
+class Writes(nn.Module):
+    """From the second state on, or always where that is through `data`, something writes to what was kept."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.low, self.high = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 1)
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.low(x) * 1.0
+        changed = self.high.bias is not None and not bool(self.high.bias.any())
+        if self.way == "result":
+            out = y.mean((2, 3)).square()
+            return out.add_(5.0) if changed else out
+        if self.way == "data":
+            high = self.high(y).mean((2, 3)).square()
+            y.data.mul_(3.0)
+            return high + y.mean((2, 3))
+        if changed:
+            with torch._C.DisableTorchFunction():
+                y.narrow(1, 0, 2).mul_(3.0)
+        return y.sum((2, 3)).square()
+
+
+@pytest.mark.parametrize("way", ["result", "data", "unseen"])
+def test_what_is_written_to_what_was_kept_reaches_no_other_state(way: str) -> None:
+    network, x = seeded(lambda: Writes(way)), grid(9)
+    inputs = Inputs(x, torch.tensor([2, 1]), ("a", "b"))
+    engines = [Engine([attributions.find("gradient")], 2, reuse=reuse) for reuse in (True, False)]
+    bias = network.high.bias
+    values = [bias.detach().clone(), bias.detach() * 0]
+    with guarded(network):
+        states = [State(partial(setattr, bias, "data", value), inputs) for value in values]
+        fast, slow = (engine.sweep(network, states, states[0].enter) for engine in engines)
+    for found, wanted in zip(fast, slow, strict=True):
+        assert_close(found.maps["gradient"], wanted.maps["gradient"], rtol=1e-12, atol=1e-14)
+        assert found.logits is not None
+        assert_close(found.logits, wanted.logits, rtol=1e-12, atol=1e-14)
+
+
+def test_what_cannot_be_reused_begins_a_new_chain() -> None:
+    # A residual network adds to kept tensors in place: one state in three is run as a whole, the others are not.
+    network, x = made("resnet18"), grid(48)
+    inputs = Inputs(x, torch.tensor([2, 1]), ("a", "b"))
+    draws = Draws(reinitialiser("variance_scaling"))
+    stages = derived(network, x[:1], "layer")
+    shares: list[float] = []
+
+    def told(evaluations: int) -> None:
+        shares.append(sweeping[-1].share)
+
+    sweeping: list[_Batch] = []
+    engine = Engine([attributions.find("gradient")], 2, told)
+
+    def take(*args: Any) -> _Batch:
+        sweeping.append(Engine.take(engine, *args))
+        return sweeping[-1]
+
+    with guarded(network), randomized(network, stages, "cascading", 3, draws) as walk:
+        states = [State(partial(walk.enter, index), inputs) for index in range(len(walk))]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "take", take)
+            engine.sweep(network, states, partial(walk.enter, 0))
+    assert len(shares) == len(states)
+    assert len([share for share in shares if share > 0]) > 0.7 * len(shares)
+
+
+def test_getters_do_not_end_reuse() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(9, 9), nn.Linear(9, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b((x.flatten(1)[:, :9] @ self.a.weight.T).relu())
+
+    network, x = seeded(Turned), grid(9)
+    with guarded(network):
+        points, first, targets = x.clone().requires_grad_(), Pass(), torch.tensor([2, 1])
+        gradients(network, points, x, targets, PLAIN, first, True)
+        again = Pass(first)
+        gradients(network, points, x, targets, PLAIN, again)
+    assert again.share == 1
 
 
 @pytest.mark.parametrize("harm", ["write", "read"])
