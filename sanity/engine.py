@@ -449,18 +449,22 @@ def predict(network: nn.Module, pixels: Tensor, batch_size: int) -> Tensor:
     return torch.cat(parts)
 
 
-def best_batch(network: nn.Module, example: Tensor, lanes: int = 1) -> int:
-    """Number of evaluations at a time that runs fastest here, measured; example (1, C, H, W).
+def best_batch(network: nn.Module, example: Tensor, lanes: Lanes = ALONE) -> int:
+    """Number of evaluations at a time that runs fastest here, measured as a run makes them; example (1, C, H, W).
 
     Of those that fit into memory in every lane, with the kept pass of the state before beside the one at work.
     """
     target = torch.zeros(1, dtype=torch.int64, device=example.device)
+    fast = Engine([], 1, lanes=lanes)._fast(network, Inputs(example, target, ("",)))[Sees.LOGITS]
+
+    def evaluated(points: Tensor) -> None:
+        gradients(fast, points, points, target.expand(len(points)), PLAIN)
 
     def step(n: int) -> None:
-        points, targets = example.expand(n, -1, -1, -1).contiguous(memory_format=torch.channels_last), target.expand(n)
-        gradients(network, points, points, targets, PLAIN)
+        points = example.expand(n, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        lanes.map(evaluated, [points] * lanes.count)
         if example.is_cuda:
             torch.cuda.synchronize()
 
-    each = 2 * lanes * bytes_of(lambda x: logits_of(network, x), example)
+    each = 2 * lanes.count * bytes_of(lambda x: logits_of(network, x), example)
     return fastest(step, CANDIDATES[example.device.type], each, available(example.device))

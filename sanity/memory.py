@@ -16,6 +16,8 @@ CANDIDATES = {"cpu": (4, 8, 16, 32, 64), "cuda": (16, 32, 64, 128, 256)}
 """Tried in this order until one is no faster: photographs take 4 to 16 at a time, 28x28 digits more."""
 GAIN = 0.03
 """A larger micro-batch must be faster than a smaller one by this much."""
+PATIENCE = 3.0
+"""Seconds after which no larger micro-batch is tried: a short run should not wait for what it hardly gains by."""
 
 T = TypeVar("T")
 
@@ -115,9 +117,10 @@ def fastest(
     """The candidate whose step takes the least time an evaluation, of those that fit into memory.
 
     step(n) makes n evaluations at once; the first round only warms up. A candidate that is no faster than the one
-    before, or runs out of memory, ends the search. Returns at least 1: the smallest candidate halved, if not even
-    that fits.
+    before, or runs out of memory, ends the search, as does PATIENCE. Returns at least 1: the smallest candidate halved,
+    if not even that fits.
     """
+    end = time.perf_counter() + PATIENCE
     fitting = [n for n in candidates if n * bytes_each <= free * SHARE]
     if not fitting:
         return max(1, int(free * SHARE / bytes_each))
@@ -132,4 +135,6 @@ def fastest(
         if min(times) >= least * (1 - GAIN):
             return best
         best, least = n, min(times)
+        if time.perf_counter() > end:
+            break
     return best

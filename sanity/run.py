@@ -161,9 +161,9 @@ def prepare(plan: Plan, classifier: Classifier, images: Images, device: str = "c
 
 def suited_batch(plan: Plan, classifier: Classifier, images: Images, device: str) -> int:
     """Number of evaluations at a time that runs fastest on this machine and fits into its memory, measured."""
-    with working(classifier.network, plan, device):
+    with working(classifier.network, plan, device), closing(Lanes(suited(device, classifier.reentrant))) as lanes:
         example = load(classifier, images.limit(1), plan, device)
-        return best_batch(classifier.network, example, suited(device, classifier.reentrant))
+        return best_batch(classifier.network, example, lanes)
 
 
 def check(

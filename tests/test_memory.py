@@ -83,6 +83,10 @@ def test_the_fastest_that_fits_is_taken() -> None:
     assert memory.fastest(step, (4, 8, 16), 20, 100) == 2
     assert memory.fastest(step, (4, 8, 16), 10**6, 100) == 1
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "PATIENCE", 0.0)
+        assert memory.fastest(step, (4, 8, 16), 1, 100) == 4
+
     def short(n: int) -> None:
         if n > 4:
             raise torch.OutOfMemoryError
