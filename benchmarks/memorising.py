@@ -98,7 +98,8 @@ def drawn(table: pd.DataFrame, path: Path) -> None:
     colours = looks(METHODS)
     for axis, (kind, similarity) in zip(axes, enumerate(SIMILARITIES), strict=True):
         for method, rows in table[(table["similarity"] == similarity) & (table["epoch"] >= 0)].groupby("method"):
-            axis.plot(rows["epoch"], rows["mean"], color=colours[method].colour, label=method)
+            look = colours[method]
+            axis.plot(rows["epoch"], rows["mean"], color=look.colour, marker=look.marker, markersize=5, label=method)
             axis.axhline(PERMUTED[method][kind], color=colours[method].colour, linestyle=":", linewidth=1)
         axis.set_title("signed" if kind else "absolute", fontsize=10)
         axis.set_xlabel("epochs of learning permuted labels")
@@ -112,7 +113,8 @@ def drawn(table: pd.DataFrame, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--true", type=Path, required=True, help="the published CNN trained on true labels")
+    parser.add_argument("--true", type=Path, help="the published CNN trained on true labels")
+    parser.add_argument("--redraw", action="store_true", help="only draw curves.png again, from the stored table")
     parser.add_argument("--data-dir", type=Path, help="folder of MNIST's IDX files (default: fetched once)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=40, help="stop after so many of the recipe's 40")
@@ -120,6 +122,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
+    if options.redraw:
+        drawn(pd.read_csv(options.output / "table.csv"), options.output / "curves.png")
+        return
+    if options.true is None:
+        parser.error("--true FILE is needed")
     torch.set_num_threads(options.threads)
     clock, folder = Clock(), find_folder("mnist", options.data_dir)
     true = begin(recipe("mnist", "cnn")).network.eval()

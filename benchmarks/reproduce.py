@@ -244,7 +244,8 @@ def verdicts(e: Experiment) -> str:
     for method, published in VERDICTS.items():
         own = [str(found.get((method, kind), "")) for kind in ("spearman_abs", "spearman_abs_foreground")]
         lines.append("| " + " | ".join([method, published, *own]) + " |")
-    return "\n".join([*lines, ""])
+    words = "Published verdicts are about the higher layers as they turn random; those here, about all of them at last."
+    return "\n".join([*lines, "", words, ""])
 
 
 def times(needed: Sequence[Training], chosen: Sequence[Experiment]) -> str:
