@@ -22,13 +22,13 @@ import pandas as pd
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from sanity import engine, observation, randomization
+from sanity import engine, microbatch, observation, randomization
 from sanity import run as running
 from sanity.attributions.base import PLAIN
 from sanity.command import Clock
-from sanity.engine import gradients
 from sanity.folding import Folded, foldable
 from sanity.lanes import suited
+from sanity.microbatch import gradients
 from sanity.observation import load
 from sanity.plan import Plan
 from sanity.randomization import guarded
@@ -38,6 +38,7 @@ from sanity.sums import Sums
 METHODS = ("gradient", "smoothgrad", "integrated_gradients", "guided_backprop")
 WATCHED: tuple[tuple[Any, str, str], ...] = (
     (engine, "gradients", "gradients, all lanes"),
+    (microbatch, "gradients", "gradients, all lanes"),
     (Sums, "add", "sums, all lanes"),
     (engine.Engine, "take", "points, all lanes"),
     (engine, "foldable", "looking for what can be joined"),

@@ -19,8 +19,8 @@ import torch
 
 from sanity.attributions.base import PLAIN
 from sanity.command import Clock
-from sanity.engine import gradients
 from sanity.folding import Folded, foldable
+from sanity.microbatch import gradients
 from sanity.observation import load
 from sanity.plan import Plan
 from sanity.randomization import guarded

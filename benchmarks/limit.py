@@ -29,12 +29,13 @@ import torch
 from counting import flops
 from torch import Tensor
 
-from sanity import engine, observation
+from sanity import engine, microbatch, observation
 from sanity.attributions.base import PLAIN, logits_of
 from sanity.command import Clock
-from sanity.engine import Engine, gradients
+from sanity.engine import Engine
 from sanity.folding import Folded, foldable
 from sanity.images import Images
+from sanity.microbatch import gradients
 from sanity.models import Classifier
 from sanity.observation import load
 from sanity.plan import Plan
@@ -107,7 +108,8 @@ def watched() -> Iterator[Busy]:
     """Measure how long the network is evaluated, in any way, by any lane."""
     busy = Busy()
     with (
-        mock.patch.object(engine, "gradients", busy.watching(engine.gradients)),
+        mock.patch.object(engine, "gradients", busy.watching(gradients)),
+        mock.patch.object(microbatch, "gradients", busy.watching(gradients)),
         mock.patch.object(observation, "predict", busy.watching(observation.predict)),
     ):
         yield busy

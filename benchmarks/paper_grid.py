@@ -32,9 +32,10 @@ from sanity import observation, plan, randomization
 from sanity import run as running
 from sanity.attributions.base import PLAIN
 from sanity.command import Clock
-from sanity.engine import Engine, gradients
+from sanity.engine import Engine
 from sanity.folding import Folded, foldable
 from sanity.images import Images
+from sanity.microbatch import gradients
 from sanity.models import Classifier
 from sanity.observation import load, working
 from sanity.plan import DEFAULT_METHODS, Plan

@@ -29,8 +29,8 @@ from sanity.attributions.base import (
 from sanity.attributions.gradients import PIXELS
 from sanity.folding import Folded, foldable
 from sanity.lanes import ALONE, Lanes
-from sanity.memory import CANDIDATES, available, bytes_of, fastest, in_parts, tried
-from sanity.reuse import CannotReuseError, Pass
+from sanity.memory import CANDIDATES, available, bytes_of, fastest, in_parts
+from sanity.microbatch import Batch, Evaluation, gradients
 from sanity.substitution import Substituting, stand_ins, substituted
 from sanity.sums import Sums, attribution
 
@@ -56,44 +56,11 @@ class State(NamedTuple):
     values: Mapping[str, Tensor] | None = None
 
 
-class _Evaluation(NamedTuple):
-    """A gradient to be taken in every state: under a rule, of image n, at a point."""
-
-    rule: Rule
-    n: int
-    point: Point
-
-
 class Answer(NamedTuple):
     """Attributions by method, (N, C or 1, H, W) each, and the logits (N, classes) if they were met with."""
 
     maps: dict[str, Tensor]
     logits: Tensor | None
-
-
-def gradients(
-    network: nn.Module,
-    points: Tensor,
-    images: Tensor,
-    targets: Tensor,
-    rule: Rule,
-    forward: Pass | None = None,
-    keep: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Gradient of each target's logit at each image's point, and the logits.
-
-    points (N, C, H, W), images likewise, targets (N,) -> (N, C, H, W), (N, classes). forward: what the network is run
-    in, at points that require gradients and are, if there was a pass before it, the very tensor run then; keep: its
-    graph may be used again.
-    """
-    with torch.enable_grad():
-        x = points if forward is not None else points.detach().requires_grad_()
-        with rule.context(network, points, images), nullcontext() if forward is None else forward:
-            logits = logits_of(network, x)
-        chosen = logits.gather(1, targets.to(logits.device)[:, None])
-        found = torch.autograd.grad(chosen.sum(), x, retain_graph=keep)[0]
-    # A copy: the next pass may write to what is kept of this one, and is then found out.
-    return found, logits.detach().clone()
 
 
 class Engine:
@@ -253,11 +220,11 @@ class Engine:
         found, logits = zip(*self._fitting(part, len(points)), strict=True)
         return torch.cat(found), torch.cat(logits)
 
-    def take(self, work: deque[_Evaluation], inputs: Inputs) -> _Batch:
+    def take(self, work: deque[Evaluation], inputs: Inputs) -> Batch:
         """The next micro-batch of a lane's work under one rule, which is shared evenly among them."""
         size = math.ceil(len(work) / math.ceil(len(work) / self.batch_size))
         batch = [work.popleft() for _ in range(size)]
-        return _Batch(batch, torch.stack([self._at(one.point, inputs, one.n) for one in batch]))
+        return Batch(batch, torch.stack([self._at(one.point, inputs, one.n) for one in batch]))
 
     def tell(self, evaluations: int) -> None:
         """Tell, from any thread, that so many evaluations were made."""
@@ -265,7 +232,7 @@ class Engine:
             self.on_progress(evaluations)
 
     def evaluate(
-        self, network: nn.Module, inputs: Inputs, rule: Rule, batch: _Batch, reuse: bool, keep: bool
+        self, network: nn.Module, inputs: Inputs, rule: Rule, batch: Batch, reuse: bool, keep: bool
     ) -> tuple[Tensor, Tensor]:
         """`gradients` of one micro-batch; reuse: what was kept of the state before; keep: for the state after."""
         mates = batch.mates(inputs)
@@ -302,7 +269,7 @@ def _standings(network: nn.Module, states: Sequence[State], lanes: Lanes) -> lis
     return [partial(entering, state) for state in states]
 
 
-def _shared_out(work: list[_Evaluation], count: int) -> list[list[_Evaluation]]:
+def _shared_out(work: list[Evaluation], count: int) -> list[list[Evaluation]]:
     """Work in its order, cut into as many parts."""
     edges = [len(work) * k // count for k in range(count + 1)]
     return [work[a:b] for a, b in pairwise(edges) if a < b]
@@ -334,7 +301,7 @@ class _Sweep:
             for point in method.points(method.options):
                 users.setdefault(method.rule.name, {}).setdefault(point, []).append(method)
         work = [
-            _Evaluation(rules[name], n, point)
+            Evaluation(rules[name], n, point)
             for name, points in users.items()
             for n in range(len(inputs.ids))
             for point in points
@@ -349,7 +316,7 @@ class _Sweep:
             answers.append(Answer(maps, torch.stack(rows) if rows else None))
         return answers
 
-    def _through(self, users: Users, work: Sequence[_Evaluation]) -> list[Sums]:
+    def _through(self, users: Users, work: Sequence[Evaluation]) -> list[Sums]:
         """Sums of a lane's part of the work, state by state."""
         found = [Sums() for _ in self.states]
         for rule, own in groupby(work, key=lambda one: one.rule):
@@ -360,7 +327,7 @@ class _Sweep:
         self,
         rule: Rule,
         users: Mapping[Point, Sequence[GradientMethod]],
-        work: Sequence[_Evaluation],
+        work: Sequence[Evaluation],
         found: Sequence[Sums],
     ) -> None:
         inputs, states = self.states[0].inputs, len(self.states)
@@ -387,47 +354,6 @@ class _Sweep:
                 # What memory does not suffice for once is not tried with every batch.
                 reusing[s + 1] = reusing[s + 1] and not batch.spoilt
                 self.engine.tell(len(batch.work))
-
-
-@dataclass
-class _Batch:
-    """A micro-batch: evaluations one by one, the points (N, C, H, W), and what is kept of the last state's pass.
-
-    share: of the last state's calls, how many it could reuse; spoilt: memory does not suffice for a kept pass.
-    """
-
-    work: list[_Evaluation]
-    points: Tensor
-    kept: Pass | None = None
-    share: float = 0.0
-    spoilt: bool = False
-
-    def mates(self, inputs: Inputs) -> Inputs:
-        """The images that the points belong to, one a point."""
-        owners = [one.n for one in self.work]
-        return Inputs(inputs.pixels[owners], inputs.targets[owners], tuple(inputs.ids[n] for n in owners))
-
-    def gradients(
-        self, network: nn.Module, mates: Inputs, rule: Rule, reuse: bool, keep: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        """`gradients` in a kept pass, or None, from then on, if memory does not suffice."""
-        before, self.kept, self.share = self.kept if reuse else None, None, 0.0
-        points = self.points.requires_grad_()
-
-        def run(before: Pass | None) -> tuple[Pass, tuple[Tensor, Tensor]]:
-            forward = Pass(before)
-            return forward, gradients(network, points, mates.pixels, mates.targets, rule, forward, keep)
-
-        try:
-            found = tried(partial(run, before))
-        except CannotReuseError:
-            before = None
-            found = tried(partial(run, None))
-        if found is None:
-            self.spoilt = True
-            return None
-        self.kept, self.share = found[0] if keep else None, found[0].share
-        return found[1]
 
 
 def part_of(inputs: Inputs, start: int, stop: int) -> Inputs:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from sanity import plan, train
 from sanity.networks import NETWORKS
 from sanity.registry import suggest
-from sanity.training import DATASETS, LABELS, find_folder
+from sanity.training import DATASETS, LABELS, find_folder, load_data
 
 TESTS = ("parameters", "data")
 PRESET = "as-released-mnist"
@@ -93,7 +94,8 @@ class Training:
         """Train by the fast recipe, or go on with what was interrupted, unless it is finished.
 
         A finished training of this data set, network, kind of labels and seed is taken as it is, whatever its
-        recipe was. Raises ValueError if the folder holds something that cannot be gone on with.
+        recipe was. Raises ValueError if the folder holds something that cannot be gone on with, or was made of other
+        images.
         """
         named = {"data": self.data, "model": self.model, "labels": self.labels, "seed": self.seed}
         if not self._finished(named):
@@ -101,25 +103,37 @@ class Training:
             words += [] if self.goal is None else ["--goal", str(self.goal)]
             print(f"training {self.data} {self.model} on {self.labels} labels, kept in {self.folder}", file=sys.stderr)
             train.command([*words, "--data-dir", str(self.images), "--output", str(self.folder), "--resume"])
+        elif self._header()["data_sha256"] != _sha256(self.images, self.data):
+            raise ValueError(f"{self.folder} holds a network trained on other images than those in {self.images}")
         if missed := self.missed():
             print(f"note: {self.folder}: {missed}", file=sys.stderr)
 
     def missed(self) -> str:
         """In words, by how much a finished training missed its goal; empty if it did not."""
-        header = json.loads((self.folder / "train.json").read_text())
+        header = self._header()
         judged = LABELS[self.labels]
         reached, goal = header["accuracy"][judged], header["recipe"]["goal"]
         if header["goal_met"] or goal == 1 or reached is None:
             return ""
         return f"{judged} accuracy {reached:.2%} on {self.labels} labels, below its goal of {goal:.2%}"
 
+    def _header(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / "train.json").read_text())
+        return found
+
     def _finished(self, named: Mapping[str, Any]) -> bool:
         try:
-            header = json.loads((self.folder / "train.json").read_text())
+            header = self._header()
             same = all(header["recipe"][name] == value for name, value in named.items())
         except (OSError, ValueError, KeyError, TypeError):
             return False
         return same and header.get("status") == "complete" and self.weights.is_file()
+
+
+@lru_cache
+def _sha256(folder: Path, data: str) -> str:
+    """Digest of a data set's files. Raises ValueError if they are those of another."""
+    return load_data(folder, data).sha256
 
 
 def _taken(arguments: Sequence[str], names: Sequence[str] | Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
@@ -164,7 +178,8 @@ def _model(data: str, rest: list[str]) -> tuple[str, list[str]]:
 
 def _methods(model: str, rest: Sequence[str]) -> list[str]:
     """Flags for the preset's methods that suit the network: GradCAM needs a convolution."""
-    if model == "cnn" or any(_given(rest, flag) for flag in ("methods", "preset", "config")):
+    other = any(_given(rest, flag) for flag in ("methods", "config")) or (_given(rest, "preset") and PRESET not in rest)
+    if model == "cnn" or other:
         return []
     return ["--methods", *(name for name in plan.preset(PRESET)["methods"] if "gradcam" not in name)]
 

@@ -190,7 +190,9 @@ class TrainingFolder:
             old: dict[str, Any] = json.loads(self.manifest.read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read {self.manifest}: {first_line(error)}") from None
-        plans = old.get("recipe", {}), header["recipe"]
+        if not isinstance(old, dict) or not isinstance(old.get("recipe"), dict) or "status" not in old:
+            raise ValueError(f"{self.manifest} is no training's manifest; give another --output")
+        plans = old["recipe"], header["recipe"]
         differing = [name for name in plans[1] if plans[0].get(name) != plans[1][name]]
         differing += [name for name in ("format", "data_sha256") if old.get(name) != header[name]]
         if differing:

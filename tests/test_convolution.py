@@ -16,8 +16,8 @@ from sanity import models
 from sanity.attributions.base import PLAIN
 from sanity.attributions.rectifiers import count_rectifiers
 from sanity.convolution import Clip, Geometry, Kernel, convolve, geometry, pad, suits
-from sanity.engine import gradients
 from sanity.folding import Folded, Joined, foldable
+from sanity.microbatch import gradients
 from sanity.randomization import guarded
 from tests.conftest import Awkward, seeded
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,8 @@ def test_an_mlp_has_no_gradcam(digits: Path, tmp_path: Path) -> None:
     assert not {"gradcam", "guided_gradcam"} & set(words)
     assert "--methods" not in spelt_out([*given[:-1], "cnn"])[0]
     assert spelt_out([*given, "--methods", "edges"])[0].count("--methods") == 1
+    assert "--methods" in spelt_out([*given, "--preset", "as-released-mnist"])[0]
+    assert "--methods" not in spelt_out([*given, "--preset", "quick"])[0]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +145,16 @@ def test_a_finished_training_is_taken_and_another_ones_is_not(digits: Path, tmp_
     header["recipe"]["epochs"] = 99
     (made.folder / "train.json").write_text(json.dumps(header))
     made.ensure()  # of another recipe, but finished
+    other = tmp_path / "other"
+    shutil.copytree(digits, other)
+    packed = other / "t10k-images-idx3-ubyte.gz"
+    packed.write_bytes(gzip.compress(gzip.decompress(packed.read_bytes())[:-1] + b"\x07"))
+    with pytest.raises(ValueError, match="trained on other images than those in"):
+        Training(made.root, other, "mnist", "mlp", "true").ensure()
+    for nonsense in ([], {}, {"recipe": []}):
+        (made.folder / "train.json").write_text(json.dumps(nonsense))
+        with pytest.raises(ValueError, match="is no training's manifest"):
+            made.ensure()
     header["recipe"]["seed"] = 5
     (made.folder / "train.json").write_text(json.dumps(header))
     with pytest.raises(ValueError, match="holds another training"):

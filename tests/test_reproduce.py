@@ -100,3 +100,8 @@ def test_verdicts_of_planted_explainers_are_counted(bench: Any) -> None:
     one = verdict_errors.judged(0, 5, 2).set_index(["method", "similarity"])["verdict"]
     assert set(one["edges"]) == {"fail"}
     assert "pass" not in set(one["random"])
+
+
+def test_a_path_is_said_to_pass_a_published_value_or_how_near_it_comes(bench: Any) -> None:
+    assert bench.passing([0.1, 0.5, 0.4], 0.45) == bench.PASSES
+    assert "no nearer to the published 0.60 than 0.50" in bench.passing([0.1, 0.5, 0.4], 0.6)

@@ -17,8 +17,9 @@ from torch.testing import assert_close
 from sanity import attributions, models
 from sanity.attributions import Inputs
 from sanity.attributions.base import PLAIN, Sees
-from sanity.engine import Answer, Engine, State, _Batch, gradients, predict
+from sanity.engine import Answer, Engine, State, predict
 from sanity.lanes import Lanes
+from sanity.microbatch import Batch, gradients
 from sanity.randomization import Draws, Walk, guarded, randomized, reinitialiser
 from sanity.reuse import CannotReuseError, Pass
 from sanity.stages import derived, grouped
@@ -239,10 +240,10 @@ def test_what_cannot_be_reused_begins_a_new_chain() -> None:
     def told(evaluations: int) -> None:
         shares.append(sweeping[-1].share)
 
-    sweeping: list[_Batch] = []
+    sweeping: list[Batch] = []
     engine = Engine([attributions.find("gradient")], 2, told)
 
-    def take(*args: Any) -> _Batch:
+    def take(*args: Any) -> Batch:
         sweeping.append(Engine.take(engine, *args))
         return sweeping[-1]
 

@@ -411,6 +411,9 @@ def test_recipes_fast_and_as_published():
     want = Recipe("fashion-mnist", "mlp", epochs=50, batch_size=50, learning_rate=1e-4, goal=0.89)
     assert recipe("fashion-mnist", "mlp", published=True) == want
     assert recipe("mnist", "mlp", "permuted", epochs=7).epochs == 7
+    # The released code decays the CNN's weights; labels without sense are learnt without.
+    assert recipe("mnist", "cnn", published=True).weight_decay == 1e-3
+    assert recipe("mnist", "cnn", "permuted", published=True).weight_decay == 0
     for (data, model), goal in training.GOALS.items():
         assert recipe(data, model).goal == goal
         assert recipe(data, model, "permuted").goal == 0.95
