@@ -156,7 +156,13 @@ def prepare(plan: Plan, classifier: Classifier, images: Images, device: str = "c
         example = load(classifier, images.limit(1), plan, device)
         explained(plan.target, predict(network, example, 1).expand(len(images), -1), images)
         refuse_unsuited(plan.explainers(), network, example)
-        return resolve_stages(plan, classifier, example)
+        found = resolve_stages(plan, classifier, example)
+        if isinstance(other := draws_of(plan).get("data"), Other):
+            # The other network must fit before anything is trained, run or written, not when its turn has come.
+            own = dict(network.named_parameters())
+            for name in (name for stage in found for name in stage.parameters):
+                other.of(network, name, own[name].detach(), 0, "")
+        return found
 
 
 def suited_batch(plan: Plan, classifier: Classifier, images: Images, device: str) -> int:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 from sanity import experiment, training
 from sanity.experiment import Training, spelt_out
+from sanity.networks import NETWORKS
 from sanity.run import main
 from sanity.stored import read_rows
 
@@ -164,3 +166,16 @@ def test_a_finished_training_is_taken_and_another_ones_is_not(digits: Path, tmp_
 def test_networks_are_kept_beside_torchs_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert experiment.cache() == tmp_path / "saliency_sanity"
+
+
+def test_another_kind_of_network_is_refused_before_anything_is_written(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    true, other = tmp_path / "true.safetensors", tmp_path / "other.safetensors"
+    for kind, path in (("cnn", true), ("mlp", other)):
+        save_file(NETWORKS[kind](10).state_dict(), path)
+    words = ["--test", "data", "--model", "mnist_cnn", "--weights", str(true), "--against", str(other)]
+    words += ["--images", str(digits), "--limit", "2", "--methods", "gradient", "--output", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "other.safetensors is not for this network: for " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
