@@ -11,11 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from threading import Lock
 from typing import Any
-from unittest import mock
 
 import measuring
 import pandas as pd
@@ -49,28 +45,6 @@ WATCHED: tuple[tuple[Any, str, str], ...] = (
 )
 
 
-@contextmanager
-def watched(seconds: dict[str, float]) -> Iterator[None]:
-    """Add up the seconds of WATCHED."""
-    lock = Lock()
-
-    def timed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                with lock:
-                    seconds[name] += time.perf_counter() - start
-
-        return call
-
-    with ExitStack() as stack:
-        for place, name, words in WATCHED:
-            stack.enter_context(mock.patch.object(place, name, timed(getattr(place, name), words)))
-        yield
-
-
 def operations(network: torch.nn.Module, points: torch.Tensor, rounds: int = 3) -> pd.DataFrame:
     """Share of the processor's time of each operation of a micro-batch, in this thread."""
     targets = torch.zeros(len(points), dtype=torch.int64)
@@ -95,7 +69,7 @@ def main() -> None:
     stages = measuring.stages_of(classifier, example, None)
     seconds: dict[str, float] = defaultdict(float)
     threads = suited("cpu", classifier.reentrant)
-    with watched(seconds):
+    with measuring.watched(WATCHED, seconds):
         start = time.perf_counter()
         for _ in run(plan, classifier, pictures, stages, batch_size=options.batch_size):
             pass

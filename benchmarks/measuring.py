@@ -7,11 +7,13 @@ import multiprocessing
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
+from unittest import mock
 
 import sanity  # noqa: F401  (before torch: it sets how OpenMP waits)
 
@@ -103,6 +105,41 @@ def progress() -> Iterator[Callable[[int], object]]:
     """A bar of network evaluations."""
     with tqdm(unit=" evaluations", unit_scale=True, leave=False, mininterval=1) as bar:
         yield bar.update
+
+
+@contextmanager
+def watched(
+    parts: Iterable[tuple[Any, str, str]],
+    seconds: MutableMapping[str, float],
+    now: Callable[[], float] = time.perf_counter,
+) -> Iterator[None]:
+    """Add up, by words, the seconds spent in functions, by any thread: owner, name, words."""
+    lock = Lock()
+
+    def timed(function: Callable[..., Any], words: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                with lock:
+                    seconds[words] = seconds.get(words, 0.0) + now() - start
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, name, words in parts:
+            stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name), words)))
+        yield
+
+
+def keep(folder: Path, table: pd.DataFrame, text: str, clock: Clock) -> None:
+    """Write table.csv, table.md and manifest.json, and print the text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / "table.csv", index=False, float_format="%.4f")
+    (folder / "table.md").write_text(text + "\n")
+    write_json(folder / "manifest.json", {"command": " ".join(["python", *sys.argv]), **clock.manifest()})
+    print(text)
 
 
 def publish(name: str, tables: Mapping[str, pd.DataFrame], words: Sequence[str], clock: Clock, **more: Any) -> None:

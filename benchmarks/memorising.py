@@ -23,13 +23,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from measuring import keep
 from published import PERMUTED
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import sanity
 from sanity.command import Clock
-from sanity.records import write_json
 from sanity.report.looks import looks
 from sanity.training import begin, find_folder, load_data, recipe, train, with_labels
 
@@ -136,13 +136,8 @@ def main() -> None:
     print(markdown(parts[0]), file=sys.stderr)
     parts += followed(true, folder, options.seed, options.epochs, options.every)
     table = pd.concat(parts, ignore_index=True)
-    options.output.mkdir(parents=True, exist_ok=True)
-    table.to_csv(options.output / "table.csv", index=False, float_format="%.4f")
-    (options.output / "table.md").write_text(markdown(table) + "\n")
+    keep(options.output, table, markdown(table), clock)
     drawn(table, options.output / "curves.png")
-    command = " ".join(["python", *sys.argv])
-    write_json(options.output / "manifest.json", {"command": command, **clock.manifest()})
-    print(markdown(table))
 
 
 if __name__ == "__main__":

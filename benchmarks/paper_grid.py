@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import measuring
 import pandas as pd
@@ -74,26 +71,6 @@ def product_rate(how: Plan, device: str, rounds: int = 10) -> float:
     return float(2 * side**3 / min(times))
 
 
-@contextmanager
-def watched(seconds: dict[str, float], device: str) -> Iterator[None]:
-    """Add up the seconds of PARTS, each of which then waits for the device."""
-
-    def timed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = waited(device)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                seconds[name] += waited(device) - start
-
-        return call
-
-    with ExitStack() as stack:
-        for place, name, words in PARTS:
-            stack.enter_context(mock.patch.object(place, name, timed(getattr(place, name), words)))
-        yield
-
-
 def taken(how: Plan, classifier: Classifier, pictures: Images, stages: tuple[Stage, ...], size: int, at: str) -> float:
     """Seconds of a whole run, whose numbers are thrown away."""
     start = waited(at)
@@ -143,7 +120,7 @@ def main() -> None:
     seconds: dict[str, float] = defaultdict(float)
     # One lane: what is waited for would otherwise be counted for both, and a counter sees what runs in its own thread.
     alone = how, replace(classifier, reentrant=False), pictures, stages, size, device
-    with watched(seconds, device):
+    with measuring.watched(PARTS, seconds, lambda: waited(device)):
         apart = taken(*alone)
     executed = flops(lambda: taken(*alone)) / len(pictures)
     seconds["the rest"] = apart - sum(seconds.values())

@@ -19,13 +19,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
-from measuring import spread
+from measuring import keep, spread
 from published import CASCADE, STAGES
 from torch import nn
 
 import sanity
 from sanity.command import Clock
-from sanity.records import write_json
 from sanity.report.looks import looks
 from sanity.training import Split, begin, find_folder, load_data, recipe, train
 
@@ -111,13 +110,8 @@ def main() -> None:
     clock, folder = Clock(), find_folder("mnist", options.data_dir)
     parts = spread(partial(followed, folder, options.epochs, options.seed), options.decays, options.workers)
     table = pd.concat(parts, ignore_index=True)
-    options.output.mkdir(parents=True, exist_ok=True)
-    table.to_csv(options.output / "table.csv", index=False, float_format="%.4f")
-    (options.output / "table.md").write_text(markdown(table) + "\n")
+    keep(options.output, table, markdown(table), clock)
     drawn(table, options.output / "curves.png")
-    command = " ".join(["python", *sys.argv])
-    write_json(options.output / "manifest.json", {"command": command, **clock.manifest()})
-    print(markdown(table))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class Batch:
         try:
             found = tried(partial(run, before))
         except CannotReuseError:
-            before = None
+            before = None  # given free
             found = tried(partial(run, None))
         if found is None:
             self.spoilt = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -39,23 +38,7 @@ class _Call(NamedTuple):
     result: Any
 
 
-class _Watching(TorchFunctionMode, ABC):
-    """Hands every torch function called inside to `call`, with its arguments flat, but for questions of looks."""
-
-    def __torch_function__(
-        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        run = partial(func, *args, **(kwargs or {}))
-        if func.__name__ in _METADATA and not isinstance(known := run(), Tensor):
-            return known
-        return self.call(func, _flat(args, kwargs), run)
-
-    @abstractmethod
-    def call(self, func: Function, leaves: Sequence[Any], run: Callable[[], Any]) -> Any:
-        """What the network gets for a call of func, which `run` makes."""
-
-
-class Pass(_Watching):
+class Pass(TorchFunctionMode):
     """One forward pass, which keeps the result, with its graph, of every torch function called inside for the next one.
 
     Every call whose arguments are what they were in the pass before is answered from there; all others are run.
@@ -71,10 +54,18 @@ class Pass(_Watching):
         super().__init__()
         self.before = before
         self.calls: list[_Call] = []
-        self.made: set[int] = set()
+        self.made: dict[int, Tensor] = {}
         self.place = 0
         self.reused = 0
         self._versions: list[tuple[Tensor, int]] = []
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        run = partial(func, *args, **(kwargs or {}))
+        if func.__name__ in _METADATA and not isinstance(known := run(), Tensor):
+            return known
+        return self._call(func, _flat(args, kwargs), run)
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)  # type: ignore[no-untyped-call]
@@ -83,15 +74,14 @@ class Pass(_Watching):
             if raised[0] is None and before and any(kept._version != version for kept, version in before._versions):
                 raise CannotReuseError
             # What only the pass before had computed can be given free.
-            made = (leaf for call in self.calls for leaf in _flat((call.result,)) if isinstance(leaf, Tensor))
-            self._versions = [(tensor, tensor._version) for tensor in made]
+            self._versions = [(tensor, tensor._version) for tensor in self.made.values()]
 
     @property
     def share(self) -> float:
         """Of the calls kept, how many the pass before answered."""
         return self.reused / max(1, len(self.calls))
 
-    def call(self, func: Function, leaves: Sequence[Any], run: Callable[[], Any]) -> Any:
+    def _call(self, func: Function, leaves: Sequence[Any], run: Callable[[], Any]) -> Any:
         """The result that the pass before had, or that of running it now."""
         with torch._C.DisableTorchFunction():
             if self.before is not None and func == _DATA and id(leaves[0]) in self.before.made:
@@ -122,16 +112,17 @@ class Pass(_Watching):
 
     def _keep(self, call: _Call) -> None:
         """Keep a call for the pass after this one, if it made tensors."""
-        if made := [id(leaf) for leaf in _flat((call.result,)) if isinstance(leaf, Tensor)]:
+        if made := {id(leaf): leaf for leaf in _flat((call.result,)) if isinstance(leaf, Tensor)}:
             self.calls.append(call)
-            # The calls keep these alive, so an id names one tensor only.
-            self.made.update(made)
+            # Kept alive, so an id names one tensor only.
+            self.made |= made
 
     def _kept(self, call: _Call | None, leaves: Sequence[Any]) -> list[tuple[Tensor, int]]:
         """Tensors of the pass before that a call is about to read, with their versions."""
         found: list[tuple[Tensor, int]] = []
-        for index, leaf in enumerate(leaves if self.before is not None else ()):
-            if isinstance(leaf, Tensor) and self.before is not None and id(leaf) in self.before.made:
+        made = {} if self.before is None else self.before.made
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and id(leaf) in made:
                 known = call is not None and index < len(call.leaves) and call.leaves[index] is leaf
                 state = call.states[index] if known and call is not None else None
                 if leaf._version != (state[1] if state else 0):

@@ -157,11 +157,11 @@ def prepare(plan: Plan, classifier: Classifier, images: Images, device: str = "c
         explained(plan.target, predict(network, example, 1).expand(len(images), -1), images)
         refuse_unsuited(plan.explainers(), network, example)
         found = resolve_stages(plan, classifier, example)
-        if isinstance(other := draws_of(plan).get("data"), Other):
-            # The other network must fit before anything is trained, run or written, not when its turn has come.
-            own = dict(network.named_parameters())
-            for name in (name for stage in found for name in stage.parameters):
-                other.of(network, name, own[name].detach(), 0, "")
+        if plan.against is not None:
+            # The other network must fit before anything is run or written, not when its turn has come.
+            other, own, (whole, _) = draws_of(plan)["data"], network.state_dict(), steps(found, "data")[1]
+            for name in whole.parameters:
+                other.of(network, name, own[name], 0, "")
         return found
 
 
