@@ -18,7 +18,8 @@ from sanity.registry import suggest
 from sanity.training import DATASETS, LABELS, find_folder, load_data
 
 TESTS = ("parameters", "data")
-PRESET = "as-released-mnist"
+PRESETS = ("as-released-mnist", "as-published-mnist")
+PRESET = PRESETS[0]
 FLAGS = {
     "test": ("NAME", "what is randomized: parameters (default), or data, which is --orders data"),
     "data": (
@@ -67,10 +68,7 @@ def cache() -> Path:
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a small network, kept in a folder of its own below `root`; images: the IDX files' folder.
-
-    goal: the accuracy that ends it, the recipe's own unless given.
-    """
+    """One training of a small network, kept in a folder of its own below `root`; images: the IDX files' folder."""
 
     root: Path
     images: Path
@@ -78,7 +76,6 @@ class Training:
     model: str
     labels: str
     seed: int = 0
-    goal: float | None = None
 
     @property
     def folder(self) -> Path:
@@ -100,7 +97,6 @@ class Training:
         named = {"data": self.data, "model": self.model, "labels": self.labels, "seed": self.seed}
         if not self._finished(named):
             words = [word for name, value in named.items() for word in (f"--{name}", str(value))]
-            words += [] if self.goal is None else ["--goal", str(self.goal)]
             print(f"training {self.data} {self.model} on {self.labels} labels, kept in {self.folder}", file=sys.stderr)
             train.command([*words, "--data-dir", str(self.images), "--output", str(self.folder), "--resume"])
         elif self._header()["data_sha256"] != _sha256(self.images, self.data):
@@ -178,10 +174,10 @@ def _model(data: str, rest: list[str]) -> tuple[str, list[str]]:
 
 def _methods(model: str, rest: Sequence[str]) -> list[str]:
     """Flags for the preset's methods that suit the network: GradCAM needs a convolution."""
-    other = any(_given(rest, flag) for flag in ("methods", "config")) or (_given(rest, "preset") and PRESET not in rest)
-    if model == "cnn" or other:
+    named = _taken(rest, ["preset"])[0].get("preset", PRESET)
+    if model == "cnn" or named not in PRESETS or any(_given(rest, flag) for flag in ("methods", "config")):
         return []
-    return ["--methods", *(name for name in plan.preset(PRESET)["methods"] if "gradcam" not in name)]
+    return ["--methods", *(name for name in plan.preset(named)["methods"] if "gradcam" not in name)]
 
 
 def _path(given: str | None) -> Path | None:

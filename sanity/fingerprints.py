@@ -85,7 +85,8 @@ def fingerprints(
     A method from outside takes all three. Best taken after the run itself: what its explainers left behind in
     the network then shows. on_progress(evaluations) is called as they are made, `cost` of them.
     """
-    chunk, taken = images.limit(CHUNK), [one for one in run_saw if one.method in _own(plan)]
+    own = _own(plan)
+    chunk, taken = images.limit(CHUNK), [one for one in run_saw if one.method in own]
     with working(classifier.network, plan, device):
         for name, methods, how in _looks(plan, run_saw):
             # an engine of its own, so that no look can be the memory of another

@@ -45,6 +45,8 @@ class Visit:
 BATCHNORMS = nn.modules.batchnorm._NormBase
 TRAINED = Stage("trained", ())
 PERMUTED = "permuted labels"
+REDRAWN_BYTES = 2**28
+"""What each step draws for itself is kept for the next chunk of images up to this much memory."""
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -141,23 +143,28 @@ class Draws:
     """Random values of parameters, kept for the current seed so that orders and image chunks share them.
 
     Nested (default): a parameter has one random value a seed, in every stage and order. With redraw, each
-    step of a cascade draws all of its parameters anew, as the code released with Adebayo et al. 2018 does.
+    step of a cascade draws all of its parameters anew, as the code released with Adebayo et al. 2018 does;
+    of these, so many are kept as fit into REDRAWN_BYTES.
     """
 
     def __init__(self, draw: Draw, redraw: bool = False) -> None:
         self.draw, self.redraw = draw, redraw
         self._seed: int | None = None
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[tuple[str, ...], Tensor] = {}
+        self._bytes = 0
 
     def of(self, network: nn.Module, name: str, trained: Tensor, seed: int, step: str) -> Tensor:
         """Return the new value of one parameter, on its device and of its dtype."""
-        if self.redraw:
-            return self._drawn(network, name, trained, seed, step)
         if seed != self._seed:
-            self._seed, self._kept = seed, {}
-        if name not in self._kept:
-            self._kept[name] = self._drawn(network, name, trained, seed)
-        return self._kept[name]
+            self._seed, self._kept, self._bytes = seed, {}, 0
+        key = (step, name) if self.redraw else (name,)
+        found = self._kept.get(key)
+        if found is None:
+            found = self._drawn(network, name, trained, seed, *key[:-1])
+            self._bytes += found.numel() * found.element_size()
+            if not self.redraw or self._bytes <= REDRAWN_BYTES:
+                self._kept[key] = found
+        return found
 
     def _drawn(self, network: nn.Module, name: str, trained: Tensor, *key: object) -> Tensor:
         path, _, own = name.rpartition(".")

@@ -336,6 +336,7 @@ SIMILARITIES: tuple[Similarity, ...] = (
     ),
     correlation("spearman_released", "released code; signed map cut at p99", maps.signed, maps.signed_released),
     correlation("spearman_abs_released", "released code; absolute map cut at p99", maps.absolute, maps.clip_absolute),
+    correlation("spearman_foreground", "Sundararajan and Taly 2018; signed map", maps.signed, foreground=True),
     correlation("spearman_abs_foreground", "Sundararajan and Taly 2018; absolute map", maps.absolute, foreground=True),
 )
 DEFAULTS = ("ssim", "spearman", "spearman_abs", "hog")

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import save_file
 
 from sanity import experiment, training
-from sanity.experiment import Training, spelt_out
+from sanity.experiment import PRESETS, Training, spelt_out
 from sanity.networks import NETWORKS
 from sanity.run import main
 from sanity.stored import read_rows
@@ -73,7 +73,10 @@ def test_an_mlp_has_no_gradcam(digits: Path, tmp_path: Path) -> None:
     assert not {"gradcam", "guided_gradcam"} & set(words)
     assert "--methods" not in spelt_out([*given[:-1], "cnn"])[0]
     assert spelt_out([*given, "--methods", "edges"])[0].count("--methods") == 1
-    assert "--methods" in spelt_out([*given, "--preset", "as-released-mnist"])[0]
+    for preset in PRESETS:
+        words, _ = spelt_out([*given, "--preset", preset])
+        assert "gradient" in words
+        assert "gradcam" not in words
     assert "--methods" not in spelt_out([*given, "--preset", "quick"])[0]
 
 
@@ -130,7 +133,8 @@ def test_the_data_test_trains_what_is_missing_once_and_runs(
     rows = read_rows(output / "scores.parquet")
     assert set(rows["order"]) == {"data"}
     assert set(rows["stage"]) == {"trained", "permuted labels"}
-    assert set(rows["similarity"]) == {"spearman_abs", "spearman", "spearman_abs_foreground"}
+    readings = {"spearman_abs", "spearman"}
+    assert set(rows["similarity"]) == readings | {f"{one}_foreground" for one in readings}
     header = json.loads((output / "run.json").read_text())
     assert header["plan"]["against"] == str(kept / "mnist_cnn_permuted_0" / "model.safetensors")
     before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}

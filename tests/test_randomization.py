@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
 
+from sanity import randomization
 from sanity.randomization import Draws, guarded, randomized, reinitialiser, steps
 from sanity.stages import Stage, derived, untouched
 from tests.conftest import Awkward, seeded
@@ -120,6 +121,29 @@ def test_redrawn_stages_share_nothing_but_the_seed(awkward: nn.Module) -> None:
     first, second = (snapshot(awkward, "cascading", 1, draws(redraw=True)) for _ in range(2))
     assert not torch.equal(first[1]["head.weight"], first[2]["head.weight"])
     assert torch.equal(first[2]["head.weight"], second[2]["head.weight"])
+
+
+def test_a_step_of_its_own_draws_is_drawn_once_while_memory_is_granted(
+    awkward: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drawn() -> tuple[int, list[dict[str, Tensor]]]:
+        names, source = [], draws(redraw=True)
+        plain = source.draw
+
+        def counted(owner: nn.Module, name: str, value: Tensor, generator: torch.Generator) -> Tensor:
+            names.append(name)
+            return plain(owner, name, value, generator)
+
+        source.draw = counted
+        twice = [snapshot(awkward, "cascading", seed, source) for seed in (1, 1, 2, 1)]
+        return len(names), [states[-1] for states in twice]
+
+    few, kept = drawn()
+    monkeypatch.setattr(randomization, "REDRAWN_BYTES", 0)
+    many, anew = drawn()
+    assert many * 3 == few * 4
+    for one, other in zip(kept, anew, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_layers_of_equal_shape_get_different_weights() -> None:

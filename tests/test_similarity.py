@@ -256,12 +256,15 @@ def test_the_published_ssim_has_a_window_of_five():
     assert (values - ssim(*scaled)).abs().min() > 1e-3
 
 
-def test_the_foreground_reading_needs_its_mask():
+@pytest.mark.parametrize(
+    ("name", "step"), [("spearman_abs_foreground", maps.absolute), ("spearman_foreground", maps.signed)]
+)
+def test_the_foreground_readings_need_their_mask(name, step):
     a, b = colour_pair()
-    mask, similarity = a[:, 0] > 0, get("spearman_abs_foreground")
+    mask, similarity = a[:, 0] > 0, get(name)
     values, _ = compare(similarity, similarity.describe(a, mask), similarity.describe(b, mask))
-    assert_close(values, spearman(maps.absolute(a), maps.absolute(b), mask), rtol=0, atol=0)
-    with pytest.raises(ValueError, match=r"spearman_abs_foreground .* needs a mask"):
+    assert_close(values, spearman(step(a), step(b), mask), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=rf"{name} .* needs a mask"):
         similarity.describe(a)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 
 import torch
@@ -90,11 +91,17 @@ def outside(name: str, explainer: Explainer) -> FunctionMethod:
 def registered() -> dict[str, Method]:
     """METHODS and those that installed packages add; a name given twice is refused with ValueError."""
     methods = {method.name: method for method in METHODS}
-    for entry in entry_points(group=ENTRY_POINTS):
+    for entry in _installed():
         if entry.name in methods:
             raise ValueError(f"method {entry.name!r} of {entry.value} is already registered")
         methods[entry.name] = _as_method(entry.name, load_object(entry.value))
     return methods
+
+
+@cache
+def _installed() -> tuple[EntryPoint, ...]:
+    # Reads every installed package's metadata: a tenth of a second, and a plan's methods are looked up often.
+    return tuple(entry_points(group=ENTRY_POINTS))
 
 
 def _as_method(name: str, found: object) -> Method:

@@ -23,6 +23,7 @@ WORDS = {
     "hog_released": "rank correlation of HOG descriptors, as released,",
     "spearman_released": "rank correlation, signed, as released,",
     "spearman_abs_released": "rank correlation of absolute values, as released,",
+    "spearman_foreground": "rank correlation, signed, in the foreground",
     "spearman_abs_foreground": "rank correlation of absolute values in the foreground",
 }
 SHORT = {
@@ -35,6 +36,7 @@ SHORT = {
     "hog_released": "HOG (released)",
     "spearman_released": "rank corr. (released)",
     "spearman_abs_released": "rank corr. (abs., released)",
+    "spearman_foreground": "rank corr. (foregr.)",
     "spearman_abs_foreground": "rank corr. (abs., foregr.)",
 }
 # Found by search: each at least 3:1 against white (WCAG 1.4.11), and any two at least 16 apart in CIEDE2000
