@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -87,12 +88,17 @@ def load(classifier: Classifier, chunk: Images, plan: Plan, device: str) -> Tens
     return pixels.to(device, dtype, memory_format=torch.channels_last)
 
 
-def first_look(engine: Engine, plan: Plan, classifier: Classifier, chunk: Images, device: str) -> Seen:
-    """Predict and explain with the trained network."""
+def glance(engine: Engine, plan: Plan, classifier: Classifier, chunk: Images, device: str) -> Seen:
+    """Predict with the trained network, and choose what is explained; no maps yet."""
     pixels = load(classifier, chunk, plan, device)
     logits = predict(classifier.network, pixels, engine.batch_size)
-    inputs = Inputs(pixels, explained(plan.target, logits, chunk), chunk.ids, plan.seeds[0], "trained")
-    return Seen(inputs, logits, engine.explain(classifier.network, inputs))
+    return Seen(Inputs(pixels, explained(plan.target, logits, chunk), chunk.ids, plan.seeds[0], "trained"), logits, {})
+
+
+def first_look(engine: Engine, plan: Plan, classifier: Classifier, chunk: Images, device: str) -> Seen:
+    """Predict and explain with the trained network."""
+    seen = glance(engine, plan, classifier, chunk, device)
+    return replace(seen, maps=engine.explain(classifier.network, seen.inputs))
 
 
 def second_look(engine: Engine, network: nn.Module, trained: Seen) -> Seen:
@@ -103,26 +109,59 @@ def second_look(engine: Engine, network: nn.Module, trained: Seen) -> Seen:
     return replace(trained, inputs=inputs, maps={**trained.maps, **engine.fresh().explain(network, inputs)})
 
 
+class Baseline:
+    """What a chunk's steps are compared with: the trained network's look, its description, a second look.
+
+    It begins as a `glance`: the maps are made with those of the first steps that are taken, which then need not repeat
+    what they have in common with the trained network's. tell is given the trained look once it is complete.
+    """
+
+    def __init__(self, trained: Seen, tell: Callable[[Seen], object] = lambda seen: None) -> None:
+        self.trained = self.control = trained
+        self.originals: Descriptions = {}
+        self.complete = False
+        self._tell = tell
+
+    def take(self, engine: Engine, plan: Plan, network: nn.Module, maps: Mapping[str, Tensor]) -> None:
+        """Take the trained network's maps; the network stands as trained."""
+        self.trained = replace(self.trained, maps=maps)
+        self.originals = describe(plan, self.trained, engine.lanes)
+        self.control = second_look(engine, network, self.trained)
+        self.complete = True
+        self._tell(self.trained)
+
+
 def look_through(
-    engine: Engine, plan: Plan, network: nn.Module, trained: Seen, walk: Walk, pending: Sequence[Key]
+    engine: Engine, plan: Plan, network: nn.Module, base: Baseline, walk: Walk, pending: Sequence[Key]
 ) -> Iterator[tuple[Key, Visit, Seen]]:
     """Predict and explain the same batch with the network as it stands at each of the pending steps of a walk.
 
-    As many steps as memory allows are explained together, so that what they have in common is evaluated once.
+    As many steps as memory allows are explained together, so that what they have in common is evaluated once; with the
+    first of them the trained network, unless that has been looked at.
     """
-    evaluations = engine.cost * len(trained.inputs.ids)
+    start = base.trained
+    evaluations = engine.cost * len(start.inputs.ids)
     # Steps share random weights unless they are drawn anew.
     own = sum(p.numel() * p.element_size() for p in network.parameters()) if plan.redraw else 0
-    whole = min(engine.capacity(trained.inputs, own), max(LEAST_BLOCK, BLOCK // max(1, evaluations)))
-    for start in range(0, len(pending), whole):
-        block = pending[start : start + whole]
-        states = [_state(plan, network, walk, trained, key) for key in block]
-        answers = engine.sweep(network, states, partial(walk.enter, 0))
+    whole = min(engine.capacity(start.inputs, own), max(LEAST_BLOCK, BLOCK // max(1, evaluations)))
+    waiting = deque(key for key in pending if key.stage_index)
+    seen = [key for key in pending if not key.stage_index]
+    while waiting or seen:
+        first = [] if base.complete else [State(partial(walk.enter, 0), start.inputs, {})]
+        block = [waiting.popleft() for _ in range(min(len(waiting), whole - len(first)))]
+        states = [_state(plan, network, walk, start, key) for key in block]
+        answers = engine.sweep(network, [*first, *states], partial(walk.enter, 0)) if first or states else []
+        if not base.complete:
+            walk.enter(0)
+            base.take(engine, plan, network, answers.pop(0).maps)
+        if seen:
+            key = seen.pop()
+            yield key, walk.enter(0), base.control
         for key, state, answer in zip(block, states, answers, strict=True):
             visit = walk.enter(key.stage_index)
             logits = answer.logits
             if logits is None:
-                logits = predict(network, trained.inputs.pixels, engine.batch_size)
+                logits = predict(network, start.inputs.pixels, engine.batch_size)
             yield key, visit, Seen(state.inputs, logits, answer.maps)
         walk.forget()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,13 @@ from sanity.lanes import Lanes, suited
 from sanity.models import Classifier
 from sanity.observation import (
     CHUNK,
-    Descriptions,
+    Baseline,
     Seen,
     compare,
-    describe,
     explained,
-    first_look,
+    glance,
     load,
     look_through,
-    second_look,
     working,
 )
 from sanity.plan import DEFAULT_METHODS, Members, Plan, read_yaml
@@ -65,26 +63,10 @@ def run(
         for number, chunk in enumerate(images.chunks(CHUNK)):
             if done.issuperset(keys(plan, stages, number)):
                 continue
-            base = baseline(engine, plan, classifier, chunk, device)
-            on_trained(base.trained)
+            base = Baseline(glance(engine, plan, classifier, chunk, device), on_trained)
             for seed, order in product(plan.seeds, plan.orders):
                 cell = Cell(number, seed, order)
                 yield from walk(engine, plan, classifier, stages, sources[order], base, cell, done)
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """What a chunk's stages are compared with: the trained network's look, its description, a second look."""
-
-    trained: Seen
-    originals: Descriptions
-    control: Seen
-
-
-def baseline(engine: Engine, plan: Plan, classifier: Classifier, chunk: Images, device: str) -> Baseline:
-    """Look at a chunk of images with the trained network, within `working`."""
-    trained = first_look(engine, plan, classifier, chunk, device)
-    return Baseline(trained, describe(plan, trained, engine.lanes), second_look(engine, classifier.network, trained))
 
 
 def walk(
@@ -100,11 +82,8 @@ def walk(
     """Take one chunk of images through one order under one seed, within `working`; steps in `done` are left out."""
     network = classifier.network
     with randomized(network, stages, cell.order, cell.seed, source, plan.batchnorm == "reset") as visits:
-        first, *others = [Key(*cell, index) for index in range(len(visits))]
-        if first not in done:
-            yield compare(plan, classifier, first, visits.enter(0), base.originals, base.control, engine.lanes)
-        pending = [key for key in others if key not in done]
-        for key, visit, seen in look_through(engine, plan, network, base.trained, visits, pending):
+        pending = [key for index in range(len(visits)) if (key := Key(*cell, index)) not in done]
+        for key, visit, seen in look_through(engine, plan, network, base, visits, pending):
             yield compare(plan, classifier, key, visit, base.originals, seen, engine.lanes)
 
 

@@ -15,11 +15,11 @@ from sanity.blocks import packed
 from sanity.engine import Engine
 from sanity.images import Images
 from sanity.models import Classifier
-from sanity.observation import working
+from sanity.observation import Baseline, glance, working
 from sanity.plan import Plan
 from sanity.randomization import Draws, Other, steps
 from sanity.records import PROTOCOL_VERSION, Cell, Key, Step
-from sanity.run import Baseline, baseline, walk
+from sanity.run import walk
 from sanity.stages import Stage
 
 SECONDS = 10.0
@@ -96,7 +96,8 @@ class Worker:
             if self._base is None or self._base[0] != cell.chunk:
                 # The old one goes first: two would need twice the memory.
                 self._base = None
-                self._base = cell.chunk, baseline(self.engine, task.plan, task.classifier, chunk, task.device)
+                start = glance(self.engine, task.plan, task.classifier, chunk, task.device)
+                self._base = cell.chunk, Baseline(start)
             source, base = task.sources[cell.order], self._base[1]
             done = frozenset(Key(*cell, i) for i in range(len(steps(task.stages, cell.order)))) - wanted
             yield from walk(self.engine, task.plan, task.classifier, task.stages, source, base, cell, done)

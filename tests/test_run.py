@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,10 +9,13 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sanity
+from sanity import images, models
+from sanity.plan import Plan
 from sanity.randomization import Draws, randomized, reinitialiser
-from sanity.run import run
+from sanity.run import resolve_stages, run
 from sanity.stages import derived
 from tests.conftest import Awkward, seeded
 
@@ -335,3 +340,28 @@ def test_arguments_that_make_no_sense_are_refused_in_words(
 
 def test_one_method_may_be_named_alone(awkward: nn.Module, pictures: Tensor) -> None:
     assert set(check(awkward, pictures, methods="gradient")["method"]) == {"gradient"}
+
+
+class Products(TorchDispatchMode):
+    """Counts the rows that are multiplied by a matrix, in this thread."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.rows += len(out) if func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm) else 0
+        return out
+
+
+def test_the_trained_pass_is_run_once_for_its_own_maps_and_the_first_step() -> None:
+    layers, samples, width = 4, 30, 48
+    network = nn.Sequential(nn.Flatten(), *(nn.Linear(width, width, bias=False) for _ in range(layers))).double()
+    classifier = replace(models.of_network(network), reentrant=False)
+    plan = Plan(methods=(f"smoothgrad:samples={samples}",), similarities=("spearman",), precision="float64")
+    shown = images.tensors(torch.rand(1, 3, 4, 4, dtype=torch.float64))
+    stages = resolve_stages(plan, classifier, torch.zeros(1, 3, 4, 4, dtype=torch.float64))
+    with Products() as counted:
+        assert len(list(run(plan, classifier, shown, stages, batch_size=samples))) == 1 + layers
+    # Forward, a step whose top k layers are random runs k; backward all run all. Single looks at the image come to it.
+    forward, backward = layers + sum(range(1, layers + 1)), (layers + 1) * layers
+    assert 0 <= counted.rows - samples * (forward + backward) < layers * samples / 2
