@@ -98,7 +98,7 @@ def test_verdicts_of_planted_explainers_are_counted(bench: Any) -> None:
     table = verdict_errors.errors(found).query("similarity == 'ssim'").set_index("method")
     assert table[["right", "wrong", "missed"]].to_numpy().tolist() == [[0.5, 0.5, 0], [0, 0, 1], [1, 0, 0]]
     one = verdict_errors.judged(0, 5, 2).set_index(["method", "similarity"])["verdict"]
-    assert set(one["edges"]) == {"fail"}
+    assert set(one["edges"]) == set(one["headless"]) == {"fail"}
     assert "pass" not in set(one["random"])
 
 
@@ -108,3 +108,38 @@ def test_a_path_is_said_to_pass_a_published_value_or_how_near_it_comes() -> None
 
     assert passing([0.1, 0.5, 0.4], 0.45) == PASSES
     assert "no nearer to the published 0.60 than 0.50" in passing([0.1, 0.5, 0.4], 0.6)
+
+
+@pytest.fixture
+def measured(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Reasons with tables of their own: a cascade with and without decay, and permuted labels being learnt."""
+    import reasons
+
+    length = {"decay": [0.001] * 3 + [0.0] * 3, "method": "gradient", "stage": "softmax_linear"}
+    pd.DataFrame(length | {"mean": [0.1, 0.5, 0.7, 0.1, 0.2, 0.2]}).to_csv(tmp_path / "length.csv", index=False)
+    path = {"method": "gradient", "similarity": "spearman_abs", "epoch": [-1, 0, 5], "mean": [0.3, 0.31, 0.4]}
+    pd.DataFrame(path).to_csv(tmp_path / "memorising.csv", index=False)
+    monkeypatch.setattr(reasons, "LENGTH", tmp_path / "length.csv")
+    monkeypatch.setattr(reasons, "MEMORISING", tmp_path / "memorising.csv")
+    return reasons
+
+
+def test_a_cell_outside_is_told_with_what_was_measured_of_it(bench: Any, measured: Any) -> None:
+    rows = rows_at(0.5, 0.05)
+    assert measured.reasons(bench.compared(rows_at(0.5, 0.06)), {}) == ""
+    words = measured.reasons(bench.compared(rows), {"mnist cnn": rows})
+    assert "with weight decay 0.10, 0.50, 0.70 after 0, 1, ... epochs, which passes the published value" in words
+    assert "without weight decay 0.10, 0.20, 0.20 after 0, 1, ... epochs, which comes no nearer" in words
+    other = rows.assign(stage="fc1")
+    assert "no reason was measured" in measured.reasons(bench.compared(other), {"mnist cnn": other})
+
+
+def test_the_data_test_is_told_with_what_was_learnt_and_what_it_started_from(bench: Any, measured: Any) -> None:
+    rows = rows_at(0.5, 0.05).assign(order="data", stage="permuted labels")
+    words = measured.reasons(bench.compared(rows), {"mnist cnn": rows})
+    assert "0.30 between two networks that were never trained, and 0.31, 0.40" in words
+    assert "which comes no nearer to the published 0.16 than 0.30" in words
+    assert "started from the same weights" not in words
+    both = pd.concat([rows, rows.assign(seed=1000, value=rows["value"] - 0.2)])
+    words = measured.reasons(bench.compared(rows), {"mnist cnn": both})
+    assert "0.50 where both networks started from the same weights, 0.30 where they did not" in words
