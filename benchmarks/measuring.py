@@ -88,10 +88,15 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], repeats: int) ->
     return pd.DataFrame(rows)
 
 
+def processes(workers: int) -> ProcessPoolExecutor:
+    """Processes of one thread each."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,))
+
+
 def spread(work: Callable[[T], R], jobs: Iterable[T], workers: int) -> list[R]:
     """Do jobs in processes of one thread each."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with processes(workers) as pool:
         return list(pool.map(work, jobs))
 
 

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import as_completed
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import product
@@ -29,7 +31,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
-from measuring import spread
+from measuring import processes
 from PIL import Image
 from published import STAGES, VERDICTS, cells, inception
 from reasons import reasons
@@ -66,6 +68,11 @@ class Experiment:
     images: int
     seeds: int
     work: Path
+
+    @property
+    def networks(self) -> tuple[Training, ...]:
+        """Trainings whose networks it needs."""
+        return (self.true,) if self.permuted is None else (self.permuted, self.true)
 
     @property
     def name(self) -> str:
@@ -119,8 +126,35 @@ def experiments(args: argparse.Namespace) -> list[Experiment]:
 
 def trainings(chosen: Sequence[Experiment]) -> list[Training]:
     """What the experiments need, each once, the longest first."""
-    every = dict.fromkeys(one for e in chosen for one in (e.permuted, e.true) if one)
+    every = dict.fromkeys(one for e in chosen for one in e.networks)
     return sorted(every, key=lambda one: (one.labels == "true", one.model == "mlp"))
+
+
+def carried_out(chosen: Sequence[Experiment], workers: int) -> bool:
+    """Train all networks, run every experiment as soon as its own are there; whether all went well."""
+    with processes(workers) as pool:
+        trained = {one: pool.submit(Training.ensure, one) for one in trainings(chosen)}
+        waiting, runs = list(chosen), []
+        try:
+            for one in as_completed(trained.values()):
+                one.result()
+                ready = [e for e in waiting if all(trained[network].done() for network in e.networks)]
+                waiting = [e for e in waiting if e not in ready]
+                runs += [pool.submit(ran, e) for e in ready]
+            codes = [run.result() for run in runs]
+            return not any(codes)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def logged(work: Path, clock: Clock) -> list[dict[str, Any]]:
+    """Every command that has done a part of the work, this one last: command, started, seconds."""
+    path = work / "commands.json"
+    before = json.loads(path.read_text()) if path.is_file() else []
+    every = [*before, {"command": " ".join(["python", *sys.argv]), **clock.stamp()}]
+    write_json(path, every)
+    return every
 
 
 def scores_of(chosen: Sequence[Experiment], images: int) -> pd.DataFrame:
@@ -193,29 +227,30 @@ def cascades(every: dict[str, pd.DataFrame]) -> str:
 
 def verdicts(e: Experiment) -> str:
     """Published verdicts beside those of a run's cascade, by absolute rank, of all pixels and of the foreground."""
-    found = pd.read_csv(e.output / "verdicts.csv").query("order == 'cascading'")
-    found = found.set_index(["method", "similarity"])["verdict"]
+    found = pd.read_csv(e.output / "verdicts.csv").query("order == 'cascading'").set_index(["method", "similarity"])
     lines = ["## Verdicts", "", "| method | published | all pixels | foreground |", "|---|---|---|---|"]
     for method, published in VERDICTS.items():
-        own = [str(found.get((method, kind), "")) for kind in ("spearman_abs", "spearman_abs_foreground")]
+        own = []
+        for similarity in ("spearman_abs", "spearman_abs_foreground"):
+            cell = found.loc[(method, similarity)]
+            own.append(cell["verdict"] + "".join(re.findall("; mean above .*", cell["reason"])))
         lines.append("| " + " | ".join([method, published, *own]) + " |")
     words = "Published verdicts are about the higher layers as they turn random; those here, about all of them at last."
     return "\n".join([*lines, "", words, ""])
 
 
-def times(needed: Sequence[Training], chosen: Sequence[Experiment], wall: float) -> str:
-    """Minutes of each part, each of which takes one core, and of the command (wall, in seconds)."""
+def times(needed: Sequence[Training], chosen: Sequence[Experiment], commands: Sequence[Mapping[str, Any]]) -> str:
+    """Minutes of each part, each of which takes one core, and of the commands that did them."""
     parts = {one.folder.name: header(one)["seconds"] / 60 for one in needed}
     for e in chosen:
         parts[e.output.name] = json.loads((e.output / "run.json").read_text())["seconds"] / 60
     lines = ["## Time", "", "| part | minutes of one core |", "|---|---|"]
     lines += [f"| {name} | {minutes:.1f} |" for name, minutes in parts.items()]
-    total = sum(parts.values())
-    words = (
-        f"\nAll parts: {total:.1f} minutes of one core. This command: {wall / 60:.1f} minutes of wall (goal: {GOAL})"
-    )
-    words += ", which leave out what an earlier one had finished.\n" if wall < max(parts.values()) * 60 else ".\n"
-    return "\n".join(lines) + "\n" + words
+    lines += [f"| all of them | {sum(parts.values()):.1f} |", ""]
+    lines += ["| command | minutes of wall |", "|---|---|"]
+    lines += [f"| `{one['command']}`, {one['started'][:16]} | {one['seconds'] / 60:.1f} |" for one in commands]
+    words = f"Goal: {GOAL} minutes of wall for all. What an earlier command had finished, a later one does not repeat."
+    return "\n".join([*lines, "", words, ""])
 
 
 def inception_markdown(found: pd.DataFrame) -> str:
@@ -308,8 +343,7 @@ def main() -> int:
         parser.error(f"{absent[0]} is missing: it is part of this repository")
     clock, chosen = Clock(), experiments(args)
     needed = trainings(chosen)
-    spread(Training.ensure, needed, args.workers)
-    if any(spread(ran, chosen, args.workers)):
+    if not carried_out(chosen, args.workers):
         return 2
     args.output.mkdir(parents=True, exist_ok=True)
     every, others, tables = {}, {}, []
@@ -330,9 +364,9 @@ def main() -> int:
     also = [f"{name}, {without}: {agreement(cells_)}\n" for name, cells_ in further.items()]
     tested = cascades(every | others)
     parts = [markdown(found), *also, reasons(found, every), *judged, tested, inception_markdown(points)]
-    words = "\n".join([*parts, times(needed, chosen, clock.stamp()["seconds"])])
-    (args.output / "comparison.md").write_text(words)
     drawn(every, args.output / "curves.png")
+    words = "\n".join([*parts, times(needed, chosen, logged(args.work, clock))])
+    (args.output / "comparison.md").write_text(words)
     trained = {one.folder.name: header(one) for one in needed}
     manifest = {"command": " ".join(["python", *sys.argv]), "trainings": trained, **clock.manifest()}
     write_json(args.output / "manifest.json", manifest)

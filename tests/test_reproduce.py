@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -25,9 +27,13 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     return reproduce
 
 
-def plan_for(bench: Any, model: str = "cnn", images: int = 10, permuted: bool = True) -> Any:
+def experiment_of(bench: Any, model: str = "cnn", images: int = 10, permuted: bool = True) -> Any:
     true, other = (Training(Path("work"), Path("idx"), "mnist", model, kind) for kind in ("true", "permuted"))
-    one = bench.Experiment(true, other if permuted else None, images, 2, Path("work"))
+    return bench.Experiment(true, other if permuted else None, images, 2, Path("work"))
+
+
+def plan_for(bench: Any, model: str = "cnn", images: int = 10, permuted: bool = True) -> Any:
+    one = experiment_of(bench, model, images, permuted)
     return plan_of(parse(parser(), with_preset(one.words(), "quick")))
 
 
@@ -82,6 +88,39 @@ def test_a_training_is_asked_for_once_and_the_longest_first(bench: Any) -> None:
     ]
     order = [(one.model, one.labels) for one in bench.trainings(chosen)]
     assert order == [("cnn", "permuted"), ("mlp", "permuted"), ("cnn", "true"), ("mlp", "true")]
+
+
+def test_an_experiment_runs_as_soon_as_its_networks_are_there(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    slow, quick = Event(), experiment_of(bench, "mlp")
+
+    def ensure(one: Training) -> None:
+        if one.model == "cnn":
+            assert slow.wait(60)
+        done.append(one.folder.name)
+
+    def ran(one: Any) -> int:
+        done.append(one.output.name)
+        slow.set()
+        return 2 if one.true.model == "cnn" else 0
+
+    monkeypatch.setattr(bench, "processes", ThreadPoolExecutor)
+    monkeypatch.setattr(bench, "ran", ran)
+    monkeypatch.setattr(Training, "ensure", ensure)
+    assert bench.carried_out([quick], 3)
+    done.clear()
+    slow.clear()
+    assert not bench.carried_out([experiment_of(bench, "cnn"), quick], 3)
+    assert done.index("run_mnist_mlp_0_10") < done.index("mnist_cnn_true_0") < done.index("run_mnist_cnn_0_10")
+    monkeypatch.setattr(Training, "ensure", lambda one: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench.carried_out([quick], 3)
+
+
+def test_every_command_that_did_a_part_is_kept(bench: Any, tmp_path: Path) -> None:
+    first = bench.logged(tmp_path, bench.Clock())
+    assert bench.logged(tmp_path, bench.Clock())[:1] == first
+    assert [set(one) for one in first] == [{"command", "started", "seconds"}]
 
 
 def test_inceptions_points_stand_beside_the_stored_run(bench: Any) -> None:
