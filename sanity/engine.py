@@ -90,7 +90,7 @@ class Engine:
         self._folds: dict[nn.Module, Mapping[Sees, nn.Module]] = {}
         self._telling = Lock()
         self._points: dict[tuple[Point, str, int], Tensor] = {}
-        self._chunk: tuple[str, ...] = ()
+        self._chunk: tuple[tuple[str, ...], int] = (), 0
 
     @property
     def cost(self) -> int:
@@ -138,8 +138,8 @@ class Engine:
         All inputs have the same pixels, ids and seed. Raises ValueError if a method's map has another shape.
         """
         inputs = states[0].inputs
-        if inputs.ids != self._chunk:
-            self._chunk, self._points = inputs.ids, {}
+        if (inputs.ids, inputs.seed) != self._chunk:
+            self._chunk, self._points = (inputs.ids, inputs.seed), {}
         lanes = self.lanes if all(state.values is not None for state in states) else ALONE
         trained()
         standings = _standings(network, states, lanes)

@@ -24,6 +24,7 @@ from sanity.plan import Plan
 from sanity.randomization import Visit, Walk, guarded
 from sanity.records import Array, Key, Prediction, Score, Step
 from sanity.similarity import Description
+from sanity.streams import stream
 
 PANEL = 112
 CHUNK = 8
@@ -144,6 +145,8 @@ def look_through(
     # Steps share random weights unless they are drawn anew.
     own = sum(p.numel() * p.element_size() for p in network.parameters()) if plan.redraw else 0
     whole = min(engine.capacity(start.inputs, own), max(LEAST_BLOCK, BLOCK // max(1, evaluations)))
+    if plan.fresh_noise:
+        whole = 1  # steps have no point in common
     waiting = deque(key for key in pending if key.stage_index)
     seen = [key for key in pending if not key.stage_index]
     while waiting or seen:
@@ -173,7 +176,8 @@ def _state(plan: Plan, network: nn.Module, walk: Walk, trained: Seen, key: Key) 
         walk.enter(key.stage_index)
         targets = predict(network, trained.inputs.pixels, len(trained.inputs.ids)).argmax(1)
     occasion = f"{key.order}/{key.seed}/{key.stage_index}"
-    inputs = replace(trained.inputs, targets=targets, occasion=occasion)
+    seed = stream(trained.inputs.seed, occasion).initial_seed() if plan.fresh_noise else trained.inputs.seed
+    inputs = replace(trained.inputs, targets=targets, occasion=occasion, seed=seed)
     return State(partial(walk.enter, key.stage_index), inputs, walk.values(key.stage_index))
 
 

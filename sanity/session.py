@@ -69,7 +69,7 @@ class Setting:
 FROZEN = ("frozen:METHOD", "any gradient-style method, LRP or DeepLIFT with activations frozen; Hara [p=80]")
 WHAT = ("model", "weights", "against", "images", "limit", "squash", "skip_bad_images", "target")
 RANDOMIZED = ("orders", "stages", "granularity", "reinit", "batchnorm", "redraw", "seeds")
-COMPARED = ("methods", "samples", "mask_steps", "similarities", "precision")
+COMPARED = ("methods", "samples", "fresh_noise", "mask_steps", "similarities", "precision")
 KEPT = ("save_maps", "strips", "hide_pictures")
 
 

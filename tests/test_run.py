@@ -342,6 +342,28 @@ def test_one_method_may_be_named_alone(awkward: nn.Module, pictures: Tensor) -> 
     assert set(check(awkward, pictures, methods="gradient")["method"]) == {"gradient"}
 
 
+def test_fresh_noise_is_another_at_every_stage(pictures: Tensor) -> None:
+    layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3, bias=False), nn.Linear(3, 2, bias=False)
+    network = nn.Sequential(*layers).double()
+    network(pictures[:1].double())
+    for layer in network[3:]:
+        nn.init.constant_(layer.weight, 1.0)
+    # Shuffling a constant changes nothing: what differs after it is the noise alone.
+    ways = {
+        "methods": ["gradient", "smoothgrad:samples=3"],
+        "stages": {"last": ["4"], "first": ["3"]},
+        "reinit": "permute",
+    }
+    shared, fresh, again = (check(network, pictures, fresh_noise=on, **ways) for on in (False, True, True))
+    assert (shared["value"] > 1 - 1e-12).all()
+    pd.testing.assert_frame_equal(fresh, again)
+    smooth = (fresh["method"] == "smoothgrad") & (fresh["stage"] != "trained")
+    assert (fresh["value"][~smooth] > 1 - 1e-12).all()
+    assert (fresh["value"][smooth] < 0.999).all()
+    first, second = (fresh["value"][smooth & (fresh["stage"] == name)].to_numpy() for name in ("last", "first"))
+    assert (first != second).all()
+
+
 class Products(TorchDispatchMode):
     """Counts the rows that are multiplied by a matrix, in this thread."""
 
