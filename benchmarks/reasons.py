@@ -1,4 +1,7 @@
-"""Why published cells are not met: what was measured of them, in words."""
+"""Why published cells are not met: what was measured of them, in words.
+
+Both measurements draw noise once for all stages, unlike the reproduction, which draws it anew at each, as released.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import pandas as pd
 from measuring import RESULTS
 from published import PERMUTED
 
+NOISY = ("smoothgrad", "integrated_gradients_smoothgrad")
 LENGTH, MEMORISING = (RESULTS / name / "table.csv" for name in ("training_length", "memorising"))
 
 
@@ -27,12 +31,13 @@ def reasons(found: pd.DataFrame, every: Mapping[str, pd.DataFrame]) -> str:
             path = ", ".join(f"{value:.2f}" for value in rows["mean"])
             words += f"{'with' if decay else 'without'} weight decay {path} after 0, 1, ... epochs, "
             words += f"{passing(rows['mean'], cell.published)}; "
-        told = "see benchmarks/training_length." if len(own) else "no reason was measured."
+        told = "see benchmarks/training_length." if len(own) else "nothing was measured of it."
         if cell.order == "data":
             rows = every[f"{cell.data} {cell.model}"]
             checked = [started(rows, cell.method, cell.similarity), learnt(cell.method, cell.similarity)]
             told = "; ".join(filter(None, checked)) or told
-        lines.append(words + told)
+        once = " (noise drawn once for all stages)" if cell.method in NOISY else ""
+        lines.append(words + told + once)
     return "\n".join(["## Cells outside two standard deviations", "", *lines, ""]) if lines else ""
 
 
@@ -67,4 +72,4 @@ def passing(path: Iterable[float], published: float) -> str:
     if min(values) <= published <= max(values):
         return PASSES
     nearest = min(values, key=lambda value: abs(value - published))
-    return f"which comes no nearer to the published {published:.2f} than {nearest:.2f}: length is not all"
+    return f"which comes no nearer to the published {published:.2f} than {nearest:.2f}: it is something else, not found"

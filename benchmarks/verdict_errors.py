@@ -45,9 +45,9 @@ RIGHT = {
     "edges": "fail",
     "nearly_edges": "fail",
     "headless": "fail",
-    "random": "inconclusive",
+    "random": "uninformative",
 }
-"""What the rule must say of each explainer; of noise, that nothing can be said."""
+"""What the rule must say of each explainer; of noise, that it is inconclusive because it is uninformative."""
 
 
 class Small(nn.Sequential):
@@ -110,14 +110,19 @@ def judged(seed: int, count: int, epochs: int, explainers: Sequence[str] = tuple
     right = float((network(pixels[-HELD_OUT:]).argmax(1) == labels[-HELD_OUT:]).double().mean())
     methods = [PLANTED.get(name, name) for name in explainers]
     rows = sanity.check(network, pixels[chosen], methods=methods, seeds=[seed], samples=10, batch_size=32)
-    found = sanity.verdicts(rows)
-    return found.assign(seed=seed, accuracy=right)
+    return said(sanity.verdicts(rows)).assign(seed=seed, accuracy=right)
+
+
+def said(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """Verdicts with those told apart that are inconclusive because the map is uninformative."""
+    uninformative = verdicts["reason"].str.startswith("uninformative")
+    return verdicts.assign(verdict=verdicts["verdict"].mask(uninformative, "uninformative"))
 
 
 def errors(found: pd.DataFrame) -> pd.DataFrame:
     """Shares of right, wrong and missed verdicts: a row for each explainer and similarity, and one for all.
 
-    wrong: pass for fail, fail for pass, either for noise; missed: inconclusive where there is an answer.
+    wrong: pass for fail, fail for pass, either for noise; missed: inconclusive, or uninformative for what is not noise.
     """
     rows = []
     groups = [((str(m), str(s)), part) for (m, s), part in found.groupby(["method", "similarity"], sort=False)]
@@ -125,7 +130,8 @@ def errors(found: pd.DataFrame) -> pd.DataFrame:
         groups.append(((name, "all"), found[found["method"] == name]))
     for (method, similarity), part in [*groups, (("all", "all"), found)]:
         must = part["method"].map(RIGHT)
-        right, missed = part["verdict"] == must, (part["verdict"] == "inconclusive") & (must != "inconclusive")
+        right = part["verdict"] == must
+        missed = part["verdict"].isin(["inconclusive", "uninformative"]) & ~right
         wrong = int((~right & ~missed).sum())
         ends = binomtest(wrong, len(part)).proportion_ci(method="wilson")
         shares = (right.mean(), wrong / len(part), ends.low, ends.high, missed.mean())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -37,7 +38,7 @@ def add_fields(parser: Any, schema: type[Any], names: Sequence[str] | None = Non
         flag, words = f"--{one.name.replace('_', '-')}", one.metadata["help"]
         kind = str(one.type)
         if kind == "bool":
-            parser.add_argument(flag, action="store_true", help=words)
+            parser.add_argument(flag, action=BooleanOptionalAction, default=default, help=words)
         elif kind.startswith("tuple"):
             of = int if "int" in kind else str
             parser.add_argument(

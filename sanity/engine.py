@@ -98,9 +98,12 @@ class Engine:
         shared = {(m.rule.name, p) for m in self._combining for p in m.points(m.options)}
         return len(shared) + sum(m.cost for m in self.methods if not isinstance(m, GradientMethod))
 
-    def fresh(self) -> Engine:
-        """An engine for those methods only that draw anew at every occasion."""
-        methods = [method for method in self.methods if method.fresh]
+    def again(self, fresh_noise: bool) -> Engine:
+        """An engine for those methods only that do not repeat themselves at a second look.
+
+        They are those that draw anew at every occasion; with fresh_noise all that draw anything.
+        """
+        methods = [one for one in self.methods if one.fresh or (fresh_noise and not one.deterministic)]
         return Engine(methods, self.batch_size, self.on_progress, self.fold, self.reuse, self.lanes)
 
     def capacity(self, inputs: Inputs, own: int = 0) -> int:

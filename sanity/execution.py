@@ -135,7 +135,7 @@ def work(plan: Plan, pictures: Images, stages: Sequence[Stage], done: frozenset[
         pending = [key for key in keys(plan, stages, number) if key not in done]
         if pending:
             looks = 1 + sum(key.stage_index > 0 for key in pending)
-            total += size * (engine.cost * looks + engine.fresh().cost)
+            total += size * (engine.cost * looks + engine.again(plan.fresh_noise).cost)
     return total
 
 

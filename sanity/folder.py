@@ -52,7 +52,8 @@ class RunFolder:
         same = ("plan", "protocol_version", "weights_sha256", "images_sha256")
         differing = [k for k in same if k != "plan" and old.get(k) != header[k]]
         plans = old.get("plan", {}), header["plan"]
-        differing += [k for k in {*plans[0], *plans[1]} if plans[0].get(k) != plans[1].get(k)]
+        # What an older version did not know of is off.
+        differing += [k for k in {*plans[0], *plans[1]} if (plans[0].get(k) or None) != (plans[1].get(k) or None)]
         if differing:
             raise ValueError(
                 f"output {self.path} holds another plan's results (differs in {', '.join(sorted(differing))}); "

@@ -102,12 +102,13 @@ def first_look(engine: Engine, plan: Plan, classifier: Classifier, chunk: Images
     return replace(seen, maps=engine.explain(classifier.network, seen.inputs))
 
 
-def second_look(engine: Engine, network: nn.Module, trained: Seen) -> Seen:
-    """Let the methods that draw anew at every occasion draw a second time; all others would repeat themselves."""
-    if not engine.fresh().methods:
+def second_look(engine: Engine, plan: Plan, network: nn.Module, trained: Seen) -> Seen:
+    """Let the methods that draw anew at every stage draw a second time; all others would repeat themselves."""
+    once_more = engine.again(plan.fresh_noise)
+    if not once_more.methods:
         return trained
-    inputs = replace(trained.inputs, occasion="trained again")
-    return replace(trained, inputs=inputs, maps={**trained.maps, **engine.fresh().explain(network, inputs)})
+    inputs = _on_occasion(plan, trained.inputs, "trained again")
+    return replace(trained, inputs=inputs, maps={**trained.maps, **once_more.explain(network, inputs)})
 
 
 class Baseline:
@@ -127,7 +128,7 @@ class Baseline:
         """Take the trained network's maps; the network stands as trained."""
         self.trained = replace(self.trained, maps=maps)
         self.originals = describe(plan, self.trained, engine.lanes)
-        self.control = second_look(engine, network, self.trained)
+        self.control = second_look(engine, plan, network, self.trained)
         self.complete = True
         self._tell(self.trained)
 
@@ -146,7 +147,7 @@ def look_through(
     own = sum(p.numel() * p.element_size() for p in network.parameters()) if plan.redraw else 0
     whole = min(engine.capacity(start.inputs, own), max(LEAST_BLOCK, BLOCK // max(1, evaluations)))
     if plan.fresh_noise:
-        whole = 1  # steps have no point in common
+        whole = 1  # all points of a sweep share one seed
     waiting = deque(key for key in pending if key.stage_index)
     seen = [key for key in pending if not key.stage_index]
     while waiting or seen:
@@ -175,10 +176,15 @@ def _state(plan: Plan, network: nn.Module, walk: Walk, trained: Seen, key: Key) 
     if plan.target == "repredicted":
         walk.enter(key.stage_index)
         targets = predict(network, trained.inputs.pixels, len(trained.inputs.ids)).argmax(1)
-    occasion = f"{key.order}/{key.seed}/{key.stage_index}"
-    seed = stream(trained.inputs.seed, occasion).initial_seed() if plan.fresh_noise else trained.inputs.seed
-    inputs = replace(trained.inputs, targets=targets, occasion=occasion, seed=seed)
+    inputs = _on_occasion(plan, trained.inputs, f"{key.order}/{key.seed}/{key.stage_index}")
+    inputs = replace(inputs, targets=targets)
     return State(partial(walk.enter, key.stage_index), inputs, walk.values(key.stage_index))
+
+
+def _on_occasion(plan: Plan, inputs: Inputs, occasion: str) -> Inputs:
+    """The same pictures for another look, under noise of its own where the plan wants that."""
+    seed = stream(inputs.seed, occasion).initial_seed() if plan.fresh_noise else inputs.seed
+    return replace(inputs, occasion=occasion, seed=seed)
 
 
 def explained(target: str, logits: Tensor, chunk: Images) -> Tensor:

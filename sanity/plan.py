@@ -69,7 +69,7 @@ class Plan:
     seeds: tuple[int, ...] = _option((0,), "seeds of the random weights, one randomization each", metavar="N")
     samples: int | None = _option(None, "samples of SmoothGrad, Integrated Gradients and their kin", metavar="N")
     fresh_noise: bool = _option(
-        False, "draw the noise of SmoothGrad and its kin anew at every stage, as released, instead of once an image"
+        False, "draw what methods draw, such as SmoothGrad's noise, anew at every stage, as released, instead of once"
     )
     mask_steps: int | None = _option(None, "optimisation steps of meaningful perturbation", metavar="N")
     precision: str = _option(

@@ -46,7 +46,7 @@ BATCHNORMS = nn.modules.batchnorm._NormBase
 TRAINED = Stage("trained", ())
 PERMUTED = "permuted labels"
 REDRAWN_BYTES = 2**28
-"""What each step draws for itself is kept for the next chunk of images up to this much memory."""
+"""What each step draws for itself is kept, for other orders and chunks of images, up to this much memory."""
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -144,7 +144,7 @@ class Draws:
 
     Nested (default): a parameter has one random value a seed, in every stage and order. With redraw, each
     step of a cascade draws all of its parameters anew, as the code released with Adebayo et al. 2018 does;
-    of these, so many are kept as fit into REDRAWN_BYTES.
+    of these, the first that fit into REDRAWN_BYTES are kept.
     """
 
     def __init__(self, draw: Draw, redraw: bool = False) -> None:
@@ -161,9 +161,10 @@ class Draws:
         found = self._kept.get(key)
         if found is None:
             found = self._drawn(network, name, trained, seed, *key[:-1])
-            self._bytes += found.numel() * found.element_size()
-            if not self.redraw or self._bytes <= REDRAWN_BYTES:
+            size = found.numel() * found.element_size()
+            if not self.redraw or self._bytes + size <= REDRAWN_BYTES:
                 self._kept[key] = found
+                self._bytes += size
         return found
 
     def _drawn(self, network: nn.Module, name: str, trained: Tensor, *key: object) -> Tensor:

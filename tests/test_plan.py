@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from sanity import attributions
+from sanity.cli import parse, plan_of, with_preset
 from sanity.plan import Plan, from_dict, preset, presets, read_yaml
+from sanity.session import parser
 
 
 @pytest.mark.parametrize("name", sorted(presets()))
@@ -21,6 +23,15 @@ def test_a_plan_written_down_reads_back_as_itself(tmp_path: Path) -> None:
     plan = Plan(methods=("gradient", "smoothgrad:sigma=0.2"), seeds=(3, 1), stages={"a": ["b", "c"]}, samples=4)
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan.as_dict()))
     assert from_dict(read_yaml(tmp_path / "plan.yaml")) == plan
+
+
+def test_a_flag_switches_off_what_a_preset_switched_on() -> None:
+    plain, off = (
+        plan_of(parse(parser(), with_preset(["--preset", "as-released", *words], None)))
+        for words in ([], ["--no-redraw", "--no-fresh-noise"])
+    )
+    assert (plain.redraw, plain.fresh_noise, plain.squash) == (True, True, True)
+    assert (off.redraw, off.fresh_noise, off.squash) == (False, False, True)
 
 
 def test_samples_and_steps_reach_the_methods_that_have_them() -> None:

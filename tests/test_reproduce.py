@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -39,6 +40,7 @@ def plan_for(bench: Any, model: str = "cnn", images: int = 10, permuted: bool = 
 
 def test_an_experiment_is_the_released_codes_plan(bench: Any) -> None:
     plan = plan_for(bench)
+    assert plan.fresh_noise
     assert (plan.redraw, plan.reinit, plan.target, plan.limit, plan.samples) == (True, "module", "repredicted", 10, 50)
     assert plan.orders == ("cascading", "independent", "data")
     assert set(bench.cells()["method"]) <= set(plan.methods)
@@ -118,9 +120,14 @@ def test_an_experiment_runs_as_soon_as_its_networks_are_there(bench: Any, monkey
 
 
 def test_every_command_that_did_a_part_is_kept(bench: Any, tmp_path: Path) -> None:
-    first = bench.logged(tmp_path, bench.Clock())
-    assert bench.logged(tmp_path, bench.Clock())[:1] == first
-    assert [set(one) for one in first] == [{"command", "started", "seconds"}]
+    bench.Log(tmp_path, bench.Clock())  # killed before its end
+    bench.Log(tmp_path, bench.Clock()).close()
+    killed, ended = bench.Log(tmp_path, bench.Clock()).commands[:-1]
+    assert (killed["seconds"], set(killed)) == (None, {"command", "started", "seconds"})
+    assert ended["seconds"] >= 0
+    words = bench.times([], [], [killed, {**ended, "seconds": 90.0}])
+    assert re.search(r"`, \S+ \| stopped \|", words)
+    assert "| 1.5 |" in words
 
 
 def test_inceptions_points_stand_beside_the_stored_run(bench: Any) -> None:
@@ -132,13 +139,14 @@ def test_inceptions_points_stand_beside_the_stored_run(bench: Any) -> None:
 def test_verdicts_of_planted_explainers_are_counted(bench: Any) -> None:
     import verdict_errors
 
-    said = [("gradient", "pass"), ("gradient", "fail"), ("edges", "inconclusive"), ("random", "inconclusive")]
+    said = [("gradient", "pass"), ("gradient", "fail"), ("edges", "inconclusive"), ("random", "uninformative")]
+    said.append(("random", "inconclusive"))
     found = pd.DataFrame(said, columns=["method", "verdict"]).assign(similarity="ssim")
     table = verdict_errors.errors(found).query("similarity == 'ssim'").set_index("method")
-    assert table[["right", "wrong", "missed"]].to_numpy().tolist() == [[0.5, 0.5, 0], [0, 0, 1], [1, 0, 0]]
+    assert table[["right", "wrong", "missed"]].to_numpy().tolist() == [[0.5, 0.5, 0], [0, 0, 1], [0.5, 0, 0.5]]
     one = verdict_errors.judged(0, 5, 2).set_index(["method", "similarity"])["verdict"]
     assert set(one["edges"]) == set(one["headless"]) == {"fail"}
-    assert "pass" not in set(one["random"])
+    assert set(one["random"]) == {"uninformative"}
 
 
 @pytest.mark.usefixtures("bench")
@@ -170,7 +178,7 @@ def test_a_cell_outside_is_told_with_what_was_measured_of_it(bench: Any, measure
     assert "with weight decay 0.10, 0.50, 0.70 after 0, 1, ... epochs, which passes the published value" in words
     assert "without weight decay 0.10, 0.20, 0.20 after 0, 1, ... epochs, which comes no nearer" in words
     other = rows.assign(stage="fc1")
-    assert "no reason was measured" in measured.reasons(bench.compared(other), {"mnist cnn": other})
+    assert "nothing was measured of it" in measured.reasons(bench.compared(other), {"mnist cnn": other})
 
 
 def test_the_data_test_is_told_with_what_was_learnt_and_what_it_started_from(bench: Any, measured: Any) -> None:

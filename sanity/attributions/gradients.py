@@ -20,7 +20,7 @@ class Noisy:
     index: int
 
     def at(self, pixels: Tensor, image_id: str, seed: int) -> Tensor:
-        """(C, H, W) -> (C, H, W). The noise is the same at every stage: it is named by image and index alone."""
+        """(C, H, W) -> (C, H, W). The noise is named by seed, image and index: every stage of one seed has the same."""
         noise = normal_like(pixels, seed, image_id, "noise", self.index)
         return pixels + self.sigma * (pixels.max() - pixels.min()) * noise
 
