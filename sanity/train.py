@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from sanity.cli import HelpFormatter, parse
@@ -40,7 +42,7 @@ from sanity.training import (
     with_labels,
 )
 
-FORMAT = 1
+FORMAT = 2
 INTRODUCTION = """Train the small classifiers of Adebayo et al. 2018 on true labels, or on labels permuted among images.
 
   python -m sanity.train --data mnist --model cnn --output DIR                       to 99 % of the test images
@@ -160,7 +162,7 @@ class TrainingFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.manifest, self.checkpoint = path / "train.json", path / "checkpoint.pt"
+        self.manifest, self.checkpoint = path / "train.json", path / "checkpoint.safetensors"
 
     def open(self, plan: Recipe, data: DataSet, resume: bool) -> dict[str, Any]:
         """Start or resume; returns the manifest in force.
@@ -204,26 +206,39 @@ class TrainingFolder:
         return old
 
     def keep(self, state: State) -> None:
-        """Write the checkpoint of a whole epoch."""
-        held = {
-            "network": state.network.state_dict(),
-            "optimiser": state.optimiser.state_dict(),
-            "history": [tuple(epoch) for epoch in state.history],
-        }
-        _whole(self.checkpoint, lambda path: torch.save(held, path))
+        """Write the checkpoint of a whole epoch: tensors of network and optimiser, the history beside them."""
+        held = {f"network/{name}": value for name, value in state.network.state_dict().items()}
+        for number, values in state.optimiser.state_dict()["state"].items():
+            held |= {f"optimiser/{number}/{name}": value for name, value in values.items()}
+        tensors = {name: value.contiguous() for name, value in held.items()}
+        history = {"history": json.dumps(state.history)}
+        _whole(self.checkpoint, lambda path: save_file(tensors, path, history))
 
     def restore(self, state: State) -> State:
         """Bring a fresh state to where the checkpoint is, if there is one. ValueError for a broken one."""
         if not self.checkpoint.exists():
             return state
         try:
-            held = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            state.network.load_state_dict(held["network"])
-            state.optimiser.load_state_dict(held["optimiser"])
-            state.history = [Epoch(*epoch) for epoch in held["history"]]
+            with safe_open(self.checkpoint, "pt") as file:
+                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+                history = json.loads(file.metadata()["history"])
+            network = {name.removeprefix("network/"): held.pop(name) for name in list(held) if name[0] == "n"}
+            state.network.load_state_dict(network)
+            self._restore_optimiser(state.optimiser, held)
+            state.history = [Epoch(*epoch) for epoch in history]
         except Exception as error:
             raise ValueError(f"cannot read {self.checkpoint}: {first_line(error)}; remove it to begin anew") from None
         return state
+
+    def _restore_optimiser(self, optimiser: torch.optim.Optimizer, held: Mapping[str, Tensor]) -> None:
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        found: dict[int, dict[str, Tensor]] = {}
+        for name, value in held.items():
+            _, number, own = name.split("/")
+            # A file has no strides: moments lie in memory as their parameters do.
+            place = torch.empty_like(parameters[int(number)]) if value.ndim else torch.empty_like(value)
+            found.setdefault(int(number), {})[own] = place.copy_(value)
+        optimiser.load_state_dict({"state": found, "param_groups": optimiser.state_dict()["param_groups"]})
 
     def finish(self, plan: Recipe, data: DataSet, state: State, header: Mapping[str, Any]) -> dict[str, Any]:
         """Write the model and the manifest; the checkpoint goes."""

@@ -440,8 +440,8 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path):
 
 
 def test_a_broken_checkpoint_is_named(tmp_path):
-    (tmp_path / "checkpoint.pt").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"cannot read .*checkpoint\.pt: .*; remove it to begin anew"):
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"cannot read .*checkpoint\.safetensors: .*; remove it to begin anew"):
         TrainingFolder(tmp_path).restore(begin(QUICK))
 
 
