@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
@@ -106,6 +107,15 @@ def test_networks_of_unknown_make_are_not_run_by_several_threads(awkward: nn.Mod
     assert sanity.check(awkward, torch.rand(2, 3, 17, 15).double(), methods=["gradient"], precision="float64").size
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also where the tests are a shell's background job, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("fails", [False, True])
 def test_lanes_come_to_rest_when_one_fails_or_the_caller_is_interrupted(fails: bool) -> None:
     started = threading.Barrier(2)
