@@ -11,7 +11,8 @@ import pandas as pd
 from measuring import RESULTS
 from published import PERMUTED
 
-NOISY = ("smoothgrad", "integrated_gradients_smoothgrad")
+from sanity.attributions import find
+
 LENGTH, MEMORISING = (RESULTS / name / "table.csv" for name in ("training_length", "memorising"))
 
 
@@ -36,7 +37,7 @@ def reasons(found: pd.DataFrame, every: Mapping[str, pd.DataFrame]) -> str:
             rows = every[f"{cell.data} {cell.model}"]
             checked = [started(rows, cell.method, cell.similarity), learnt(cell.method, cell.similarity)]
             told = "; ".join(filter(None, checked)) or told
-        once = " (noise drawn once for all stages)" if cell.method in NOISY else ""
+        once = " (noise drawn once for all stages)" if not find(cell.method).deterministic else ""
         lines.append(words + told + once)
     return "\n".join(["## Cells outside two standard deviations", "", *lines, ""]) if lines else ""
 

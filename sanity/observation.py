@@ -149,8 +149,8 @@ def look_through(
     if plan.fresh_noise:
         whole = 1  # all points of a sweep share one seed
     waiting = deque(key for key in pending if key.stage_index)
-    seen = [key for key in pending if not key.stage_index]
-    while waiting or seen:
+    untouched = [key for key in pending if not key.stage_index]
+    while waiting or untouched:
         first = [] if base.complete else [State(partial(walk.enter, 0), start.inputs, {})]
         block = [waiting.popleft() for _ in range(min(len(waiting), whole - len(first)))]
         states = [_state(plan, network, walk, start, key) for key in block]
@@ -158,8 +158,8 @@ def look_through(
         if not base.complete:
             walk.enter(0)
             base.take(engine, plan, network, answers.pop(0).maps)
-        if seen:
-            key = seen.pop()
+        if untouched:
+            key = untouched.pop()
             yield key, walk.enter(0), base.control
         for key, state, answer in zip(block, states, answers, strict=True):
             visit = walk.enter(key.stage_index)

@@ -151,20 +151,17 @@ class Draws:
         self.draw, self.redraw = draw, redraw
         self._seed: int | None = None
         self._kept: dict[tuple[str, ...], Tensor] = {}
-        self._bytes = 0
 
     def of(self, network: nn.Module, name: str, trained: Tensor, seed: int, step: str) -> Tensor:
         """Return the new value of one parameter, on its device and of its dtype."""
         if seed != self._seed:
-            self._seed, self._kept, self._bytes = seed, {}, 0
+            self._seed, self._kept = seed, {}
         key = (step, name) if self.redraw else (name,)
         found = self._kept.get(key)
         if found is None:
             found = self._drawn(network, name, trained, seed, *key[:-1])
-            size = found.numel() * found.element_size()
-            if not self.redraw or self._bytes + size <= REDRAWN_BYTES:
+            if not self.redraw or sum(one.nbytes for one in (found, *self._kept.values())) <= REDRAWN_BYTES:
                 self._kept[key] = found
-                self._bytes += size
         return found
 
     def _drawn(self, network: nn.Module, name: str, trained: Tensor, *key: object) -> Tensor:
