@@ -38,8 +38,9 @@ WATCHED: tuple[tuple[Any, str, str], ...] = (
     (Sums, "add", "sums, all lanes"),
     (engine.Engine, "take", "points, all lanes"),
     (engine, "foldable", "looking for what can be joined"),
+    (engine.Engine, "_tame", "looking for what is not a number, all lanes"),
     (observation, "predict", "predictions"),
-    (running, "describe", "similarities"),
+    # The trained maps' description is a thousandth of it.
     (running, "compare", "similarities"),
     (randomization.Draws, "of", "drawing weights"),
 )

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 _DTYPES = (torch.float32, torch.bfloat16)
+FEW = 4
+"""Up to so many channels, as pictures have, the library's gradient of a convolution with strides is several times
+slower than the convolution: it works on 16 at a time."""
 
 
 class Clip(NamedTuple):
@@ -78,42 +81,79 @@ class Kernel:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self._packed: dict[tuple[bool, Geometry], Tensor] = {}
+        self._backs: dict[Geometry, Geometry | None] = {}
 
     def forward(self, x: Tensor, way: Geometry) -> Tensor:
         """The weight as the library keeps it for inputs like x."""
-        return self._pack(x, way, turned=False)
+        return self._pack(x, way, way, turned=False)
 
     def backward(self, gradient: Tensor, way: Geometry) -> Tensor:
-        """Likewise, of the convolution that takes the gradient back where the stride is 1; way is that one's."""
-        return self._pack(gradient, way, turned=True)
+        """Likewise, of the convolution that takes the gradient back, as `back` tells."""
+        return self._pack(gradient, way, self.back(way) or way, turned=True)
 
-    def _pack(self, x: Tensor, way: Geometry, turned: bool) -> Tensor:
+    def back(self, way: Geometry) -> Geometry | None:
+        """How the convolution runs that takes the gradient back; None where there is none that is worth it.
+
+        Where the stride is more than 1, its channels are those of stride x stride neighbours, one after another.
+        """
+        if way not in self._backs:
+            self._backs[way] = self._back(way)
+        return self._backs[way]
+
+    def _back(self, way: Geometry) -> Geometry | None:
+        # Of a row or column of the kernel, a pixel meets with every stride-th tap.
+        taps = [_ceil(k, s) for k, s in zip(self.weight.shape[2:], way.stride, strict=True)]
+        if way.stride == (1, 1):
+            around = [d * (k - 1) - p for k, d, p in zip(taps, way.dilation, way.padding, strict=True)]
+        elif way.dilation == (1, 1) and way.groups == 1 and self.weight.shape[1] <= FEW:
+            around = [k - 1 for k in taps]
+        else:
+            return None
+        # Padding beyond the kernel would have to be cut off.
+        return Geometry((1, 1), (around[0], around[1]), way.dilation, way.groups) if min(around) >= 0 else None
+
+    def _pack(self, x: Tensor, way: Geometry, own: Geometry, turned: bool) -> Tensor:
         # Threads may both make it: it is the same.
         if (turned, way) not in self._packed:
-            weight = self._turned(way.groups) if turned else self.weight
-            stride, padding, dilation, groups = way
+            weight = self._turned(way) if turned else self.weight
+            stride, padding, dilation, groups = own
             self._packed[turned, way] = torch.ops.mkldnn._reorder_convolution_weight(
                 weight.contiguous(memory_format=torch.channels_last), padding, stride, dilation, groups, x.shape
             )
         return self._packed[turned, way]
 
-    def _turned(self, groups: int) -> Tensor:
-        """(C, D / groups, h, w)."""
-        d, c, height, width = self.weight.shape
-        grouped = self.weight.flip(2, 3).view(groups, d // groups, c, height, width).transpose(1, 2)
-        return grouped.reshape(c * groups, d // groups, height, width)
+    def _turned(self, way: Geometry) -> Tensor:
+        """(stride x stride x C, D / groups, taps down, taps right)."""
+        (d, c, height, width), (down, right), groups = self.weight.shape, way.stride, way.groups
+        rows, columns = _ceil(height, down), _ceil(width, right)
+        whole = F.pad(self.weight, (0, right * columns - width, 0, down * rows - height))
+        taps = whole.view(groups, d // groups, c, rows, down, columns, right).flip(3, 5)
+        return taps.permute(4, 6, 0, 2, 1, 3, 5).reshape(down * right * groups * c, d // groups, rows, columns)
 
 
-def convolve(x: Tensor, kernel: Kernel, way: Geometry, clip: Clip | None = None) -> Tensor:
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def convolve(
+    x: Tensor,
+    kernel: Kernel,
+    way: Geometry,
+    clip: Clip | None = None,
+    before: Clip | None = None,
+    deferred: bool = False,
+) -> Tensor:
     """Convolve x (N, C, H, W), then clip; differentiable once, by x only.
 
+    deferred: clip's backward pass is left to the one call that reads the result, which is told so by before: the
+    rectifier that x comes from. There, it changes a gradient that was just written, in place.
     In one thread PyTorch takes its own, slower kernels for convolutions of 1x1 with fewer than 16 images; its backward
     kernels are slower than a convolution forward; and a rectifier of its own walks through the memory once more.
     Raises RuntimeError where not `suits`.
     """
     if has_torch_function((x,)):
-        return handle_torch_function(convolve, (x,), x, kernel, way, clip)
-    result: Tensor = _Convolution.apply(x, kernel, way, clip)
+        return handle_torch_function(convolve, (x,), x, kernel, way, clip, before, deferred)
+    result: Tensor = _Convolution.apply(x, kernel, way, clip, before, deferred)
     return result
 
 
@@ -128,30 +168,53 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, way: Geometry, cl
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: Kernel, way: Geometry, clip: Clip | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, kernel: Kernel, way: Geometry, clip: Clip | None, before: Clip | None, deferred: bool
+    ) -> Tensor:
         out = _pointwise(x, kernel.forward(x, way), kernel.bias, way, clip)
-        ctx.kernel, ctx.way, ctx.clip = kernel, way, clip
-        ctx.back = _back(kernel.weight, way)
+        ctx.kernel, ctx.way, ctx.clip, ctx.before = kernel, way, None if deferred else clip, before
         # All that PyTorch's own backward pass reads of the input.
         ctx.shape = x.shape
-        ctx.save_for_backward(out if clip else None)
+        ctx.save_for_backward(out if ctx.clip else None, x if before else None)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (out,), kernel, way, clip = ctx.saved_tensors, ctx.kernel, ctx.way, ctx.clip
-        if clip is not None:
-            gradient = _gated(gradient, out, clip)
-        if (back := ctx.back) is not None:
-            return _pointwise(gradient, kernel.backward(gradient, back), None, back, None), None, None, None
-        stride, padding, dilation, groups = way
-        x = torch.empty(ctx.shape, dtype=gradient.dtype, memory_format=torch.channels_last)
-        asked = [True, False, False]
-        found: Tensor = torch.ops.aten.convolution_backward(
-            gradient, x, kernel.weight, None, stride, padding, dilation, False, [0, 0], groups, asked
-        )[0]
-        return found, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        out, x = ctx.saved_tensors
+        if ctx.clip is not None:
+            gradient = _gated(gradient, out, ctx.clip)
+        found = _back(gradient, ctx.kernel, ctx.way, ctx.shape)
+        if ctx.before is not None:
+            _gated(found, x, ctx.before, into=found)
+        return found, None, None, None, None, None
+
+
+def _back(gradient: Tensor, kernel: Kernel, way: Geometry, shape: torch.Size) -> Tensor:
+    """Take the gradient back to the input, which has that shape."""
+    if (back := kernel.back(way)) is not None:
+        found = _pointwise(gradient, kernel.backward(gradient, way), None, back, None)
+        return found if way.stride == (1, 1) else _spread(found, way, shape)
+    stride, padding, dilation, groups = way
+    x = torch.empty(shape, dtype=gradient.dtype, memory_format=torch.channels_last)
+    asked = [True, False, False]
+    pulled: Tensor = torch.ops.aten.convolution_backward(
+        gradient, x, kernel.weight, None, stride, padding, dilation, False, [0, 0], groups, asked
+    )[0]
+    return pulled
+
+
+def _spread(found: Tensor, way: Geometry, shape: torch.Size) -> Tensor:
+    """Channels of stride x stride neighbours -> the pixels themselves, cut to shape (N, C, H, W)."""
+    (down, right), (n, c, height, width) = way.stride, shape
+    rows, columns = found.shape[2:]
+    apart = found.permute(0, 2, 3, 1).view(n, rows, columns, down, right, c)
+    whole = apart.transpose(2, 3).reshape(n, rows * down, columns * right, c).permute(0, 3, 1, 2)
+    top, left = way.padding
+    cut = whole[..., top : top + height, left : left + width]
+    missing, lacking = height - cut.shape[2], width - cut.shape[3]
+    # Pixels that no step of the convolution reaches have no gradient.
+    return F.pad(cut, (0, lacking, 0, missing)) if missing or lacking else cut
 
 
 def pad(x: Tensor, sides: Sequence[int]) -> Tensor:
@@ -177,23 +240,20 @@ class _Pad(torch.autograd.Function):
         return gradients[0][..., top : top + height, left : left + width], None
 
 
-def _back(weight: Tensor, way: Geometry) -> Geometry | None:
-    """How a convolution takes the gradient back; None where none does: with strides, and padding beyond the kernel."""
-    down, right = (d * (k - 1) - p for k, d, p in zip(weight.shape[2:], way.dilation, way.padding, strict=True))
-    plain = way.stride == (1, 1) and min(down, right) >= 0
-    return Geometry((1, 1), (down, right), way.dilation, way.groups) if plain else None
-
-
 def _attribute(clip: Clip | None) -> tuple[str, list[float]]:
     if clip is None:
         return "none", []
     return ("relu", []) if clip.high == float("inf") else ("hardtanh", [clip.low, clip.high])
 
 
-def _gated(gradient: Tensor, out: Tensor, clip: Clip) -> Tensor:
-    """The rectifier's backward pass, by its output."""
-    if clip.high == float("inf"):
-        found: Tensor = torch.ops.aten.threshold_backward(gradient, out, 0)
-    else:
-        found = torch.ops.aten.hardtanh_backward(gradient, out, clip.low, clip.high)
+def _gated(gradient: Tensor, out: Tensor, clip: Clip, into: Tensor | None = None) -> Tensor:
+    """The rectifier's backward pass, by its output; written to a tensor, if one is given."""
+    numbers = (0,) if clip.high == float("inf") else clip
+    operation = torch.ops.aten.threshold_backward if len(numbers) == 1 else torch.ops.aten.hardtanh_backward
+    given = (
+        operation(gradient, out, *numbers)
+        if into is None
+        else operation.grad_input(gradient, out, *numbers, grad_input=into)
+    )
+    found: Tensor = given
     return found

@@ -29,11 +29,13 @@ class Joined(NamedTuple):
 
     norm: an evaluating BatchNorm; clip: a rectifier, after the norm if there is one, whose result is not written to.
     made: the network makes the convolution's weight anew in every pass, so that nothing is worth keeping of it.
+    deferred: the rectifier's result goes into one other convolution only, which can do its backward pass.
     """
 
     norm: BatchNorm | None = None
     clip: Clip | None = None
     made: bool = False
+    deferred: bool = False
 
 
 class _Trace(TorchFunctionMode):
@@ -51,6 +53,7 @@ class _Trace(TorchFunctionMode):
         self.links: dict[int, list[tuple[_Value, str, Any]]] = {}
         self.made: set[int] = set()
         self.clipped: dict[int, tuple[Tensor, int]] = {}
+        self.convolved: set[_Value] = set()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -59,7 +62,7 @@ class _Trace(TorchFunctionMode):
         read = [_value(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         result = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if func.__name__ == "__get__" or not made:
+        if not made:
             return result
         # Kept alive, so that an id names one tensor only.
         self.kept += made
@@ -71,6 +74,8 @@ class _Trace(TorchFunctionMode):
             elif len(args) > 2:
                 self.places[_value(result)] = self.count
                 self.links[self.count] = []
+                if func is torch.conv2d and geometry(args[3:], kwargs) is not None:
+                    self.convolved.add(read[0])
             self.count += 1
         elif read and (place := self.places.get(read[0])) is not None:
             self._follow(place, func, args, kwargs, read[0], result)
@@ -94,9 +99,15 @@ class _Trace(TorchFunctionMode):
         for place, links in self.links.items():
             alone = takewhile(lambda link: self.uses[link[0]] == 1 and link[0] not in returned, links)
             joined = Joined(**{kind: what for _, kind, what in alone})
-            # The gradient of a joined rectifier is read off its result, which must then be what it was.
-            unwritten = place not in self.clipped or self.clipped[place][0]._version == self.clipped[place][1]
-            found[place] = joined if unwritten else joined._replace(clip=None)
+            if joined.clip is not None:
+                result, version = self.clipped[place]
+                value = id(result), version
+                # The gradient of a joined rectifier is read off its result, which must then be what it was.
+                if result._version != version:
+                    joined = joined._replace(clip=None)
+                elif value in self.convolved and self.uses[value] == 1 and value not in returned:
+                    joined = joined._replace(deferred=True)
+            found[place] = joined
         return {place: one for place, one in found.items() if one != Joined()}
 
 
@@ -129,13 +140,17 @@ def foldable(network: nn.Module, example: Tensor) -> dict[int, Joined]:
 
 
 class _Fold(TorchFunctionMode):
-    """One forward pass: convolutions do what is joined to them, and the calls that would do it do nothing."""
+    """One forward pass: convolutions do what is joined to them, and the calls that would do it do nothing.
+
+    pending: by a tensor's id, what the network is yet to call on it: a norm, a clip, or the convolution to which a
+    rectifier's backward pass is left.
+    """
 
     def __init__(self, plan: Mapping[int, Joined], weights: _Weights, clips: bool) -> None:
         super().__init__()
         self.plan, self.weights, self.clips = plan, weights, clips
         self.count = 0
-        self.pending: dict[int, list[str]] = {}
+        self.pending: dict[int, list[str | Clip]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -146,12 +161,30 @@ class _Fold(TorchFunctionMode):
         if func is F.pad and (sides := _zeros_around(*args, **kwargs)) is not None:
             return pad(args[0], sides)
         expected = self.pending.get(id(args[0])) if args and self.pending else None
-        if expected and (func is F.batch_norm if expected[0] == "norm" else clip_of(func, args, kwargs)):
-            expected.pop(0)
-            if not expected:
-                del self.pending[id(args[0])]
+        if expected and self._is(expected[0], func, args, kwargs):
+            self._pass(args[0])
             return args[0]
         return func(*args, **kwargs)
+
+    def _is(self, expected: str | Clip, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> bool:
+        """Whether a call is one that has been done already."""
+        if expected == "norm":
+            return func is F.batch_norm
+        return expected == "clip" and clip_of(func, args, kwargs) is not None
+
+    def _pass(self, x: Tensor) -> None:
+        """What was expected of a tensor first has come."""
+        self.pending[id(x)].pop(0)
+        if not self.pending[id(x)]:
+            del self.pending[id(x)]
+
+    def _before(self, x: Tensor) -> Clip | None:
+        """The rectifier that x comes from, if its backward pass is left to the convolution of x."""
+        clip = self.pending.get(id(x), [None])[0]
+        if not isinstance(clip, Clip):
+            return None
+        self._pass(x)
+        return clip
 
     def _convolution(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         one, self.count = self.plan.get(self.count, Joined()), self.count + 1
@@ -163,8 +196,14 @@ class _Fold(TorchFunctionMode):
             return func(*args, **kwargs)
         kernel = self.weights.of(weight, bias, one.norm)
         clip = one.clip if self.clips and way else None
-        out = func(x, kernel.weight, kernel.bias, *rest, **kwargs) if way is None else convolve(x, kernel, way, clip)
-        if expected := ["norm"] * (one.norm is not None) + ["clip"] * (clip is not None):
+        expected: list[str | Clip] = [*["norm"] * (one.norm is not None), *["clip"] * (clip is not None)]
+        if clip is not None and one.deferred:
+            expected.append(clip)
+        if way is None:
+            out = func(x, kernel.weight, kernel.bias, *rest, **kwargs)
+        else:
+            out = convolve(x, kernel, way, clip, self._before(x), deferred=clip in expected)
+        if expected:
             self.pending[id(out)] = expected
         return out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from threading import Barrier, Event
 from typing import TypeVar
 
@@ -34,8 +34,10 @@ class Lanes:
             return [function(thing) for thing in things]
         if self._pool is None:
             self._pool = _pool(self.count)
-        waiting = [self._pool.submit(function, thing) for thing in things]
+        waiting: list[Future[R]] = []
         try:
+            # In here, too, the thread may be interrupted: what has begun must be told.
+            waiting.extend(self._pool.submit(function, thing) for thing in things)
             done, _ = wait(waiting, return_when=FIRST_EXCEPTION)
             for one in done:
                 one.result()
@@ -54,9 +56,11 @@ class Lanes:
             raise StoppedError
 
     def close(self) -> None:
-        """Let the threads go."""
+        """Let the threads go; what they are still at comes to rest first."""
         if self._pool is not None:
+            self._stopped.set()
             self._pool.shutdown(cancel_futures=True)
+            self._stopped.clear()
             self._pool = None
 
 

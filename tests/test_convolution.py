@@ -27,6 +27,11 @@ SHAPES = {
     "plain": ((6, 8, 3, 3), Geometry((1, 1), (1, 1), (1, 1), 1)),
     "one by one": ((6, 8, 1, 1), Geometry((1, 1), (0, 0), (1, 1), 1)),
     "strided": ((6, 8, 3, 3), Geometry((2, 2), (1, 1), (1, 1), 1)),
+    "pictures, strided": ((3, 8, 3, 3), Geometry((2, 2), (1, 1), (1, 1), 1)),
+    "pictures, by patches": ((3, 8, 4, 4), Geometry((4, 4), (0, 0), (1, 1), 1)),
+    "pictures, steps beyond the kernel": ((3, 8, 2, 1), Geometry((3, 2), (0, 0), (1, 1), 1)),
+    "pictures, unlike steps": ((1, 8, 7, 5), Geometry((2, 3), (3, 1), (1, 1), 1)),
+    "pictures, padded by more than the kernel": ((3, 8, 2, 2), Geometry((2, 2), (3, 3), (1, 1), 1)),
     "strided, a column left over": ((6, 8, 2, 2), Geometry((2, 3), (0, 0), (1, 1), 1)),
     "one by one, strided": ((6, 8, 1, 1), Geometry((2, 2), (0, 0), (1, 1), 1)),
     "long": ((6, 8, 1, 7), Geometry((1, 1), (0, 3), (1, 1), 1)),
@@ -189,7 +194,11 @@ def test_a_network_with_its_rectifiers_joined_gives_the_same_gradients(name: str
 def test_what_is_joined_is_what_nothing_else_reads() -> None:
     network = seeded(Padded).float().eval()
     plan = foldable(network, random(1, 3, 17, 17))
-    assert plan == {0: Joined(None, RELU6), 2: Joined(network.norm, RELU), 3: Joined(None, Clip(0.0, 2.0))}
+    assert plan == {
+        0: Joined(None, RELU6, deferred=True),
+        2: Joined(network.norm, RELU),
+        3: Joined(None, Clip(0.0, 2.0)),
+    }
 
 
 def test_only_what_sees_the_logits_alone_gets_rectifiers_joined() -> None:
@@ -231,7 +240,48 @@ class Turned(nn.Module):
         return F.conv2d(x[:, :4], self.weight * self.scale[:, None, None, None], None).relu().mean((2, 3))
 
 
-@pytest.mark.parametrize("make", [Written, Turned])
+class Chained(nn.Module):
+    """Rectifiers read by one convolution, by two, by a pooling, by one whose weight is made, by its attribute, too.
+
+    straight: the first one's result is pooled before it is convolved.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(7))
+        self.straight = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.convs[0](x).relu()
+        x = F.relu6(self.convs[1](x if self.straight else F.avg_pool2d(x, 2)))
+        x = self.convs[2](x).relu() + self.convs[3](x).relu()
+        x = F.max_pool2d(self.convs[4](x).relu(), 2)
+        x = F.conv2d(F.relu(self.convs[5](x)), 2 * self.convs[6].weight, self.convs[6].bias)
+        x = self.convs[5](x).relu()
+        x = self.convs[6](x) + self.convs[0](x.mT)
+        return x.mean((2, 3))
+
+
+def test_a_rectifiers_backward_pass_is_left_to_the_only_convolution_that_reads_it() -> None:
+    network = seeded(Chained).float().eval()
+    plan = foldable(network, random(1, 3, 17, 17))
+    assert [place for place, one in plan.items() if one.deferred] == [0]
+    assert [place for place, one in plan.items() if one.clip] == [0, 1, 2, 3, 4, 5, 7]
+
+
+def test_a_network_that_leaves_the_way_it_was_seen_on_is_run_as_it_is() -> None:
+    network = seeded(Chained).float().eval()
+    x, targets = random(2, 3, 17, 17), torch.tensor([0, 2])
+    fast = Folded(network, foldable(network, x)).clipping()
+    network.straight = False
+    for one, wanted in zip(
+        gradients(fast, x, x, targets, PLAIN), gradients(network, x, x, targets, PLAIN), strict=True
+    ):
+        assert_close(one, wanted, rtol=1e-5, atol=1e-6)
+    assert not fast.plan
+
+
+@pytest.mark.parametrize("make", [Written, Turned, Chained])
 def test_networks_that_write_to_results_or_share_weights_are_the_same(make: Callable[[], nn.Module]) -> None:
     network = seeded(make).float()
     x = random(2, 3, 9, 9).contiguous(memory_format=torch.channels_last)
@@ -243,7 +293,7 @@ def test_networks_that_write_to_results_or_share_weights_are_the_same(make: Call
         for one, wanted in zip(found, gradients(network, x, x, targets, PLAIN), strict=True):
             assert_close(one, wanted, rtol=1e-5, atol=1e-6)
     # Weights that are made in every pass are not kept.
-    assert len(fast.weights._kept) == 1
+    assert len(fast.weights._kept) == (7 if make is Chained else 1)
 
 
 def test_what_is_not_a_number_stays_so() -> None:

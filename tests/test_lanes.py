@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 
 import pytest
 import torch
@@ -188,3 +189,28 @@ def test_values_in_lists_tuples_and_keywords_are_substituted() -> None:
         found = Substituting(network)(torch.zeros(1, 2))
     assert found.tolist() == [[24.0, 24.0], [31.0, 31.0]]
     assert Substituting(network)(torch.zeros(1, 2)).tolist() == [[4.0, 4.0], [5.0, 5.0]]
+
+
+def test_lanes_come_to_rest_when_the_caller_is_interrupted_while_it_hands_out_work() -> None:
+    begun, ended = threading.Event(), []
+
+    class Interrupted(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            yield 0
+            assert begun.wait(30)
+            raise KeyboardInterrupt
+
+    def work(lanes: Lanes, n: int) -> None:
+        begun.set()
+        try:
+            while not time.sleep(0.001):
+                lanes.check()
+        except StoppedError:
+            ended.append(n)
+            raise
+
+    with closing(Lanes(2)) as lanes:
+        with pytest.raises(KeyboardInterrupt):
+            lanes.map(partial(work, lanes), Interrupted([0, 1]))
+        assert lanes.map(lambda n: n, [1, 2]) == [1, 2]
+    assert ended == [0]
