@@ -22,7 +22,7 @@ from sanity import engine, microbatch, observation, randomization
 from sanity import run as running
 from sanity.attributions.base import PLAIN
 from sanity.command import Clock
-from sanity.folding import Folded, foldable
+from sanity.folding import Folded
 from sanity.lanes import suited
 from sanity.microbatch import gradients
 from sanity.observation import load
@@ -30,6 +30,7 @@ from sanity.plan import Plan
 from sanity.randomization import guarded
 from sanity.run import run
 from sanity.sums import Sums
+from sanity.tracing import foldable
 
 METHODS = ("gradient", "smoothgrad", "integrated_gradients", "guided_backprop")
 WATCHED: tuple[tuple[Any, str, str], ...] = (

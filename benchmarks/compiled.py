@@ -19,11 +19,12 @@ import torch
 
 from sanity.attributions.base import PLAIN
 from sanity.command import Clock
-from sanity.folding import Folded, foldable
+from sanity.folding import Folded
 from sanity.microbatch import gradients
 from sanity.observation import load
 from sanity.plan import Plan
 from sanity.randomization import guarded
+from sanity.tracing import foldable
 
 
 def main() -> None:

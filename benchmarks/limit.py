@@ -36,7 +36,7 @@ from sanity import engine, microbatch, observation
 from sanity.attributions.base import PLAIN, logits_of
 from sanity.command import Clock
 from sanity.engine import Engine
-from sanity.folding import Folded, foldable
+from sanity.folding import Folded
 from sanity.images import Images
 from sanity.lanes import Lanes
 from sanity.microbatch import gradients
@@ -46,6 +46,7 @@ from sanity.plan import Plan
 from sanity.randomization import guarded
 from sanity.run import run
 from sanity.stages import Stage
+from sanity.tracing import foldable
 
 METHODS = ("gradient", "smoothgrad", "gradient_x_input", "guided_backprop", "integrated_gradients")
 

@@ -30,7 +30,7 @@ from sanity import run as running
 from sanity.attributions.base import PLAIN
 from sanity.command import Clock
 from sanity.engine import Engine
-from sanity.folding import Folded, foldable
+from sanity.folding import Folded
 from sanity.images import Images
 from sanity.microbatch import gradients
 from sanity.models import Classifier
@@ -38,12 +38,12 @@ from sanity.observation import load, working
 from sanity.plan import DEFAULT_METHODS, Plan
 from sanity.run import run, suited_batch
 from sanity.stages import Stage
+from sanity.tracing import foldable
 
 PARTS: tuple[tuple[Any, str, str], ...] = (
     (Engine, "evaluate", "gradients"),
     (Engine, "_call", "masks and other functions"),
     (observation, "predict", "predictions"),
-    (running, "describe", "similarities"),
     (running, "compare", "similarities"),
     (randomization.Draws, "of", "drawing weights"),
 )

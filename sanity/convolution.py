@@ -56,13 +56,12 @@ def suits(x: Tensor, weight: Tensor) -> bool:
 
     Where it has none, `torch.conv2d` and the rectifier are to be called.
     """
-    return (
-        x.device.type == "cpu"
-        and x.ndim == weight.ndim == 4
-        and x.dtype in _DTYPES
-        and weight.dtype == x.dtype
-        and _has_library(x.dtype)
-    )
+    return served(x) and weight.ndim == 4 and weight.dtype == x.dtype
+
+
+def served(x: Tensor) -> bool:
+    """Whether `convolve` has kernels for inputs like x, with weights of their type."""
+    return x.device.type == "cpu" and x.ndim == 4 and x.dtype in _DTYPES and _has_library(x.dtype)
 
 
 @cache
@@ -70,6 +69,15 @@ def _has_library(dtype: torch.dtype) -> bool:
     """Whether PyTorch was built with oneDNN, and this processor has what its kernels for a type need."""
     available = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
     return available and (dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+class Sides(NamedTuple):
+    """Rows and columns around a picture."""
+
+    left: int
+    right: int
+    top: int
+    bottom: int
 
 
 class Kernel:
@@ -80,16 +88,17 @@ class Kernel:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
-        self._packed: dict[tuple[bool, Geometry], Tensor] = {}
+        self._packed: dict[tuple[Geometry, Geometry | None], Tensor] = {}
         self._backs: dict[Geometry, Geometry | None] = {}
+        self._wider: dict[Sides, Kernel] = {}
 
     def forward(self, x: Tensor, way: Geometry) -> Tensor:
         """The weight as the library keeps it for inputs like x."""
-        return self._pack(x, way, way, turned=False)
+        return self._pack(x, way)
 
-    def backward(self, gradient: Tensor, way: Geometry) -> Tensor:
-        """Likewise, of the convolution that takes the gradient back, as `back` tells."""
-        return self._pack(gradient, way, self.back(way) or way, turned=True)
+    def backward(self, gradient: Tensor, way: Geometry, back: Geometry) -> Tensor:
+        """Likewise, of the convolution that takes the gradient of another back, as `back` tells."""
+        return self._pack(gradient, way, back)
 
     def back(self, way: Geometry) -> Geometry | None:
         """How the convolution runs that takes the gradient back; None where there is none that is worth it.
@@ -112,15 +121,31 @@ class Kernel:
         # Padding beyond the kernel would have to be cut off.
         return Geometry((1, 1), (around[0], around[1]), way.dilation, way.groups) if min(around) >= 0 else None
 
-    def _pack(self, x: Tensor, way: Geometry, own: Geometry, turned: bool) -> Tensor:
+    def padding(self, sides: Sides, way: Geometry) -> tuple[Kernel, Geometry]:
+        """What does to pictures as this does to pictures with zeros around, where it is not dilated.
+
+        The library pads both sides alike; where one has less, the kernel begins, or ends, with taps of zero instead.
+        """
+        left, right, top, bottom = sides
+        across, down = max(left, right), max(top, bottom)
+        zeros = Sides(across - left, across - right, down - top, down - bottom)
+        if zeros not in self._wider:
+            # What the network calls is watched: this is not its own.
+            with torch._C.DisableTorchFunction():
+                wider = Kernel(F.pad(self.weight, zeros), self.bias) if any(zeros) else self
+            # Threads may both make it: the first one's stays, so that what was kept of it can be reused.
+            self._wider.setdefault(zeros, wider)
+        return self._wider[zeros], way._replace(padding=(way.padding[0] + down, way.padding[1] + across))
+
+    def _pack(self, x: Tensor, way: Geometry, back: Geometry | None = None) -> Tensor:
         # Threads may both make it: it is the same.
-        if (turned, way) not in self._packed:
-            weight = self._turned(way) if turned else self.weight
-            stride, padding, dilation, groups = own
-            self._packed[turned, way] = torch.ops.mkldnn._reorder_convolution_weight(
+        if (way, back) not in self._packed:
+            weight = self.weight if back is None else self._turned(way)
+            stride, padding, dilation, groups = back or way
+            self._packed[way, back] = torch.ops.mkldnn._reorder_convolution_weight(
                 weight.contiguous(memory_format=torch.channels_last), padding, stride, dilation, groups, x.shape
             )
-        return self._packed[turned, way]
+        return self._packed[way, back]
 
     def _turned(self, way: Geometry) -> Tensor:
         """(stride x stride x C, D / groups, taps down, taps right)."""
@@ -184,16 +209,16 @@ class _Convolution(torch.autograd.Function):
         out, x = ctx.saved_tensors
         if ctx.clip is not None:
             gradient = _gated(gradient, out, ctx.clip)
-        found = _back(gradient, ctx.kernel, ctx.way, ctx.shape)
+        found = _taken_back(gradient, ctx.kernel, ctx.way, ctx.shape)
         if ctx.before is not None:
             _gated(found, x, ctx.before, into=found)
         return found, None, None, None, None, None
 
 
-def _back(gradient: Tensor, kernel: Kernel, way: Geometry, shape: torch.Size) -> Tensor:
-    """Take the gradient back to the input, which has that shape."""
+def _taken_back(gradient: Tensor, kernel: Kernel, way: Geometry, shape: torch.Size) -> Tensor:
+    """The gradient at the input, which has that shape."""
     if (back := kernel.back(way)) is not None:
-        found = _pointwise(gradient, kernel.backward(gradient, way), None, back, None)
+        found = _pointwise(gradient, kernel.backward(gradient, way, back), None, back, None)
         return found if way.stride == (1, 1) else _spread(found, way, shape)
     stride, padding, dilation, groups = way
     x = torch.empty(shape, dtype=gradient.dtype, memory_format=torch.channels_last)
@@ -208,7 +233,7 @@ def _spread(found: Tensor, way: Geometry, shape: torch.Size) -> Tensor:
     """Channels of stride x stride neighbours -> the pixels themselves, cut to shape (N, C, H, W)."""
     (down, right), (n, c, height, width) = way.stride, shape
     rows, columns = found.shape[2:]
-    apart = found.permute(0, 2, 3, 1).view(n, rows, columns, down, right, c)
+    apart = found.permute(0, 2, 3, 1).reshape(n, rows, columns, down, right, c)
     whole = apart.transpose(2, 3).reshape(n, rows * down, columns * right, c).permute(0, 3, 1, 2)
     top, left = way.padding
     cut = whole[..., top : top + height, left : left + width]

@@ -27,12 +27,13 @@ from sanity.attributions.base import (
     logits_of,
 )
 from sanity.attributions.gradients import PIXELS
-from sanity.folding import Folded, foldable
+from sanity.folding import Folded
 from sanity.lanes import ALONE, Lanes
 from sanity.memory import CANDIDATES, available, bytes_of, fastest, in_parts
-from sanity.microbatch import Batch, Evaluation, gradients
+from sanity.microbatch import Batch, Evaluation, alike, gradients, probed
 from sanity.substitution import Substituting, stand_ins, substituted
 from sanity.sums import Sums, attribution
+from sanity.tracing import foldable
 
 CACHE_BYTES = 2**30
 """Noise and path points of one chunk of images are kept between stages up to this much memory."""
@@ -165,8 +166,14 @@ class Engine:
             plain = Substituting(network, self.lanes.check)
             found: dict[Sees, nn.Module] = dict.fromkeys(Sees, plain)
             if self.fold:
-                found[Sees.RECTIFIERS] = folded = Folded(plain, foldable(network, inputs.pixels[:1]))
-                found[Sees.LOGITS] = folded.clipping()
+                example = inputs.pixels[:1]
+                folded = Folded(plain, foldable(network, example))
+                # Not all that a network does is seen: what runs in the backward pass, or in another language, is not.
+                wanted = probed(plain, example)
+                if alike(folded, example, wanted):
+                    found[Sees.RECTIFIERS] = found[Sees.LOGITS] = folded
+                    if alike(clipping := folded.clipping(), example, wanted):
+                        found[Sees.LOGITS] = clipping
             self._folds = {network: found}
         return self._folds[network]
 
@@ -177,8 +184,10 @@ class Engine:
         joined = self.fold and Sees.LOGITS in sees
         if not joined or pixels.device.type != "cpu" or pixels.dtype == torch.float64:
             return True
+        # What overflows for one picture does for those of larger numbers.
+        largest = int(pixels.flatten(1).norm(dim=1).argmax())
         with torch.no_grad(), standing():
-            return bool(logits_of(fast[Sees.RECTIFIERS], pixels[:1]).isfinite().all())
+            return bool(logits_of(fast[Sees.RECTIFIERS], pixels[largest : largest + 1]).isfinite().all())
 
     def _call(self, method: FunctionMethod, network: nn.Module, inputs: Inputs) -> Tensor:
         def explain(cut: slice) -> Tensor:
@@ -227,7 +236,9 @@ class Engine:
         """The next micro-batch of a lane's work under one rule, which is shared evenly among them."""
         size = math.ceil(len(work) / math.ceil(len(work) / self.batch_size))
         batch = [work.popleft() for _ in range(size)]
-        return Batch(batch, torch.stack([self._at(one.point, inputs, one.n) for one in batch]))
+        points = torch.stack([self._at(one.point, inputs, one.n) for one in batch])
+        # Stacked, they have lost the memory format that convolutions run faster on.
+        return Batch(batch, points.contiguous(memory_format=torch.channels_last))
 
     def tell(self, evaluations: int) -> None:
         """Tell, from any thread, that so many evaluations were made."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import takewhile
+from collections.abc import Callable
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -11,183 +10,118 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from sanity.attributions.rectifiers import clip_of
-from sanity.convolution import Clip, Kernel, convolve, geometry, pad, suits
+from sanity.convolution import Clip, Kernel, Sides, convolve, geometry, pad, served, suits
+from sanity.reuse import METADATA
 from sanity.substitution import instead
-
-_CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
-BatchNorm = nn.modules.batchnorm._NormBase
+from sanity.tracing import CONVOLUTIONS, BatchNorm, Course, Joined, NormCall, norm_call, zeros_around
 
 CACHE_BYTES = 2**30
 """Folded weights are kept, of trained and of random parameters, up to this much memory."""
 
 
-class Joined(NamedTuple):
-    """What reads a convolution's result, and nothing else does, so that it can be part of the convolution.
-
-    norm: an evaluating BatchNorm; clip: a rectifier, after the norm if there is one, whose result is not written to.
-    made: the network makes the convolution's weight anew in every pass, so that nothing is worth keeping of it.
-    deferred: the rectifier's result goes into one other convolution only, which can do its backward pass.
-    """
-
-    norm: BatchNorm | None = None
-    clip: Clip | None = None
-    made: bool = False
-    deferred: bool = False
+class _AstrayError(Exception):
+    """The network goes another way than the one that was looked at."""
 
 
-class _Trace(TorchFunctionMode):
-    """Notes, of one forward pass, what goes from a convolution into a BatchNorm or a rectifier and nowhere else."""
+class _Deferred(NamedTuple):
+    """A rectifier's backward pass, which is left to the convolution that reads its result."""
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        norms = [m for m in network.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
-        self.owner = {id(norm.running_mean): norm for norm in norms}
-        self.own = {id(tensor) for tensor in (*network.parameters(), *network.buffers())}
-        self.kept: list[Tensor] = []
-        self.uses: dict[_Value, int] = {}
-        self.count = 0
-        self.places: dict[_Value, int] = {}
-        self.links: dict[int, list[tuple[_Value, str, Any]]] = {}
-        self.made: set[int] = set()
-        self.clipped: dict[int, tuple[Tensor, int]] = {}
-        self.convolved: set[_Value] = set()
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        read = [_value(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        result = func(*args, **kwargs)
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if not made:
-            return result
-        # Kept alive, so that an id names one tensor only.
-        self.kept += made
-        for value in read:
-            self.uses[value] = self.uses.get(value, 0) + 1
-        if func in _CONVOLUTIONS:
-            if id(args[1] if len(args) > 1 else kwargs["weight"]) not in self.own:
-                self.made.add(self.count)
-            elif len(args) > 2:
-                self.places[_value(result)] = self.count
-                self.links[self.count] = []
-                if func is torch.conv2d and geometry(args[3:], kwargs) is not None:
-                    self.convolved.add(read[0])
-            self.count += 1
-        elif read and (place := self.places.get(read[0])) is not None:
-            self._follow(place, func, args, kwargs, read[0], result)
-        return result
-
-    def _follow(self, place: int, func: Any, args: tuple[Any, ...], kwargs: Any, source: _Value, result: Any) -> None:
-        """A call reads what came from a convolution."""
-        kinds = [kind for _, kind, _ in self.links[place]]
-        if func is F.batch_norm and not kinds and len(args) > 1 and not _training(args, kwargs):
-            if (norm := self.owner.get(id(args[1]))) is not None:
-                self.links[place].append((source, "norm", norm))
-                self.places[_value(result)] = place
-        elif "clip" not in kinds and (clip := clip_of(func, args, kwargs)) is not None:
-            self.links[place].append((source, "clip", clip))
-            self.clipped[place] = result, result._version
-
-    def joined(self, out: Any) -> dict[int, Joined]:
-        """By convolutions' places, what may be joined to each; out: what the network gave."""
-        returned = {_value(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)}
-        found = {place: Joined(made=True) for place in self.made}
-        for place, links in self.links.items():
-            alone = takewhile(lambda link: self.uses[link[0]] == 1 and link[0] not in returned, links)
-            joined = Joined(**{kind: what for _, kind, what in alone})
-            if joined.clip is not None:
-                result, version = self.clipped[place]
-                value = id(result), version
-                # The gradient of a joined rectifier is read off its result, which must then be what it was.
-                if result._version != version:
-                    joined = joined._replace(clip=None)
-                elif value in self.convolved and self.uses[value] == 1 and value not in returned:
-                    joined = joined._replace(deferred=True)
-            found[place] = joined
-        return {place: one for place, one in found.items() if one != Joined()}
+    clip: Clip
 
 
-_Value = tuple[int, int]
-"""A tensor at a time: its id, and how often it was written to by then."""
-
-
-def _value(tensor: Tensor) -> _Value:
-    return id(tensor), tensor._version
-
-
-def _training(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return bool(args[5] if len(args) > 5 else kwargs.get("training", False))
-
-
-def _zeros_around(
-    x: Tensor, sides: Sequence[int], mode: str = "constant", value: float | None = None
-) -> Sequence[int] | None:
-    """Sides of a call of `F.pad` that puts zeros around pictures, and cuts nothing off; None of any other."""
-    plain = mode == "constant" and not value and x.ndim == 4 and len(sides) == 4
-    return sides if plain and min(sides) >= 0 else None
-
-
-def foldable(network: nn.Module, example: Tensor) -> dict[int, Joined]:
-    """Convolution calls, by their place in the forward pass -> what may be part of them."""
-    trace = _Trace(network)
-    with torch.no_grad(), trace:
-        out = network(example)
-    return trace.joined(out)
+_Expected = BatchNorm | Clip | _Deferred | Sides
+"""What the network is yet to call on a tensor: two that are done already, two that are left to a convolution."""
 
 
 class _Fold(TorchFunctionMode):
     """One forward pass: convolutions do what is joined to them, and the calls that would do it do nothing.
 
-    pending: by a tensor's id, what the network is yet to call on it: a norm, a clip, or the convolution to which a
-    rectifier's backward pass is left.
+    pending: by a tensor's id, the tensor and what is expected of it, in order. Raises _AstrayError where the network
+    calls another function than it should, or the same with other numbers.
     """
 
-    def __init__(self, plan: Mapping[int, Joined], weights: _Weights, clips: bool) -> None:
+    def __init__(self, course: Course, weights: _Weights, clips: bool) -> None:
         super().__init__()
-        self.plan, self.weights, self.clips = plan, weights, clips
-        self.count = 0
-        self.pending: dict[int, list[str | Clip]] = {}
+        self.course, self.weights, self.clips = course, weights, clips
+        self.place, self.count, self.paddings = 0, 0, 0
+        self.padded = {one.padded for one in course.joined.values()}
+        self.pending: dict[int, tuple[Tensor, list[_Expected]]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _CONVOLUTIONS:
+        if func.__name__ in METADATA:
+            result = func(*args, **kwargs)
+            if isinstance(result, Tensor):
+                self._step(func)
+            return result
+        self._step(func)
+        if func in CONVOLUTIONS:
             return self._convolution(func, args, kwargs)
-        if func is F.pad and (sides := _zeros_around(*args, **kwargs)) is not None:
-            return pad(args[0], sides)
-        expected = self.pending.get(id(args[0])) if args and self.pending else None
-        if expected and self._is(expected[0], func, args, kwargs):
-            self._pass(args[0])
-            return args[0]
+        if func is F.pad and (sides := zeros_around(*args, **kwargs)) is not None:
+            return self._padding(args[0], sides)
+        if self.pending and args and id(args[0]) in self.pending:
+            return self._done(func, args, kwargs)
         return func(*args, **kwargs)
 
-    def _is(self, expected: str | Clip, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> bool:
-        """Whether a call is one that has been done already."""
-        if expected == "norm":
-            return func is F.batch_norm
-        return expected == "clip" and clip_of(func, args, kwargs) is not None
+    def end(self) -> None:
+        """Nothing more is called."""
+        if self.pending or (self.course.calls and self.place < len(self.course.calls)):
+            raise _AstrayError
+
+    def _step(self, func: Callable[..., Any]) -> None:
+        calls = self.course.calls
+        if calls and (self.place >= len(calls) or calls[self.place] != func):
+            raise _AstrayError
+        self.place += 1
+
+    def _done(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Tensor:
+        """The answer of a call that a convolution has answered already."""
+        x, (first, *_) = self.pending[id(args[0])]
+        if isinstance(first, BatchNorm):
+            call = norm_call(*args, **kwargs) if func is F.batch_norm else None
+            same = call is not None and call.same(_call_now(first))
+        else:
+            same = isinstance(first, Clip) and clip_of(func, args, kwargs) == first
+        if not same:
+            raise _AstrayError
+        self._pass(x)
+        return x
 
     def _pass(self, x: Tensor) -> None:
         """What was expected of a tensor first has come."""
-        self.pending[id(x)].pop(0)
-        if not self.pending[id(x)]:
+        expected = self.pending[id(x)][1]
+        expected.pop(0)
+        if not expected:
             del self.pending[id(x)]
 
-    def _before(self, x: Tensor) -> Clip | None:
-        """The rectifier that x comes from, if its backward pass is left to the convolution of x."""
-        clip = self.pending.get(id(x), [None])[0]
-        if not isinstance(clip, Clip):
-            return None
-        self._pass(x)
-        return clip
+    def _padding(self, x: Tensor, sides: Sides) -> Tensor:
+        """Pad, or leave it to the convolution."""
+        number, self.paddings = self.paddings, self.paddings + 1
+        if number not in self.padded or not served(x):
+            return pad(x, sides)
+        self.pending.setdefault(id(x), (x, []))[1].append(sides)
+        return x
+
+    def _left(self, x: Tensor) -> tuple[Clip | None, Sides | None]:
+        """What is left to the convolution of x: the backward pass of the rectifier it comes from, zeros around it."""
+        clip = sides = None
+        while id(x) in self.pending:
+            first = self.pending[id(x)][1][0]
+            if isinstance(first, _Deferred):
+                clip = first.clip
+            elif isinstance(first, Sides):
+                sides = first
+            else:
+                raise _AstrayError
+            self._pass(x)
+        return clip, sides
 
     def _convolution(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        one, self.count = self.plan.get(self.count, Joined()), self.count + 1
+        one, self.count = self.course.joined.get(self.count, Joined()), self.count + 1
         if len(args) < 3 or one.made:
             return func(*args, **kwargs)
         x, weight, bias, *rest = args
@@ -195,17 +129,25 @@ class _Fold(TorchFunctionMode):
         if one.norm is None and way is None:
             return func(*args, **kwargs)
         kernel = self.weights.of(weight, bias, one.norm)
-        clip = one.clip if self.clips and way else None
-        expected: list[str | Clip] = [*["norm"] * (one.norm is not None), *["clip"] * (clip is not None)]
-        if clip is not None and one.deferred:
-            expected.append(clip)
+        expected: list[_Expected] = [] if one.norm is None else [one.norm]
         if way is None:
             out = func(x, kernel.weight, kernel.bias, *rest, **kwargs)
         else:
-            out = convolve(x, kernel, way, clip, self._before(x), deferred=clip in expected)
+            before, sides = self._left(x)
+            kernel, way = (kernel, way) if sides is None else kernel.padding(sides, way)
+            clip = one.clip if self.clips else None
+            if clip is not None:
+                expected += [clip, _Deferred(clip)] if one.deferred else [clip]
+            out = convolve(x, kernel, way, clip, before, deferred=clip is not None and one.deferred)
         if expected:
-            self.pending[id(out)] = expected
+            self.pending[id(out)] = out, expected
         return out
+
+
+def _call_now(norm: BatchNorm) -> NormCall:
+    """What a BatchNorm is called with in this thread."""
+    mean, var, weight, bias = (instead(getattr(norm, name)) for name in _OF_NORM)
+    return NormCall(mean, var, weight, bias, norm.eps)
 
 
 _OF_NORM = ("running_mean", "running_var", "weight", "bias")
@@ -278,29 +220,34 @@ def folded(
 class Folded(nn.Module):
     """A network that computes the same with BatchNorms, and rectifiers, as part of the convolutions before them.
 
-    plan as `foldable` finds it; folded weights are made on first use and kept for as long as the parameters
+    course as `foldable` finds it; folded weights are made on first use and kept for as long as the parameters
     they were made of have not changed. clips: rectifiers, too, where the convolution can take them; otherwise
     they, and whatever else the network calls, are untouched. A forward pass that takes another way than when
-    `foldable` looked is run again unfolded, from then on.
+    `foldable` looked is run again unfolded, and so are all others from then on, with gradients or without.
     """
 
-    def __init__(self, network: nn.Module, plan: Mapping[int, Joined], clips: bool = False) -> None:
+    def __init__(self, network: nn.Module, course: Course, clips: bool = False) -> None:
         super().__init__()
-        self.network, self.plan, self.clips = network, plan, clips
+        self.network, self.clips = network, clips
+        # Some networks take a shorter way where no gradient is asked for.
+        self.courses = {True: course, False: course}
         self.weights = _Weights()
 
     def clipping(self) -> Folded:
         """The same, with rectifiers as part of convolutions; both keep the same folded weights."""
-        made = Folded(self.network, self.plan, clips=True)
+        made = Folded(self.network, self.courses[True], clips=True)
         made.weights = self.weights
         return made
 
     def forward(self, x: Tensor) -> Any:
         """Whatever the network gives."""
-        fold = _Fold(self.plan, self.weights, self.clips)
-        with fold:
-            out = self.network(x)
-        if fold.pending:
-            self.plan = {}
+        kind = torch.is_grad_enabled()
+        fold = _Fold(self.courses[kind], self.weights, self.clips)
+        try:
+            with fold:
+                out = self.network(x)
+            fold.end()
+        except _AstrayError:
+            self.courses[kind] = Course()
             return self(x)
         return out

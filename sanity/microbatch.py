@@ -10,9 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sanity.attributions.base import Inputs, Point, Rule, logits_of
-from sanity.memory import tried
+from sanity.attributions.base import PLAIN, Inputs, Point, Rule, logits_of
+from sanity.memory import is_out_of_memory, tried
 from sanity.reuse import CannotReuseError, Pass
+
+USUAL, ROUGHLY = 0.05, {torch.bfloat16: 1.0}
+"""Of a norm, how much rounding may move a gradient: a rectifier's input near 0 changes sides, in eight bits many do."""
 
 
 class Evaluation(NamedTuple):
@@ -46,6 +49,27 @@ def gradients(
         found = torch.autograd.grad(chosen.sum(), x, retain_graph=keep)[0]
     # A copy: the next pass may write to what is kept of this one, and is then found out.
     return found, logits.detach().clone()
+
+
+def probed(network: nn.Module, example: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Gradient of the first class's logit, and logits, of one picture (1, C, H, W); None where a network has none."""
+    try:
+        return gradients(network, example, example, torch.zeros(1, dtype=torch.int64, device=example.device), PLAIN)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return None
+
+
+def alike(fast: nn.Module, example: Tensor, wanted: tuple[Tensor, Tensor] | None) -> bool:
+    """Whether a network gives one picture the gradient and logits that are wanted, but for rounding.
+
+    False, too, where there is none, or what is not a number.
+    """
+    if wanted is None or (found := probed(fast, example)) is None:
+        return False
+    near = max(ROUGHLY.get(parameter.dtype, USUAL) for parameter in (example, *fast.parameters()))
+    return all(bool((a - b).norm() <= near * b.norm()) for a, b in zip(found, wanted, strict=True))
 
 
 @dataclass

@@ -17,7 +17,7 @@ _DETERMINISTIC = {torch.zeros, torch.ones, torch.full, torch.arange, torch.linsp
 
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-_METADATA = {
+METADATA = {
     "__get__", "dim", "ndimension", "size", "numel", "nelement", "stride", "storage_offset", "is_contiguous",
     "is_floating_point", "is_complex", "element_size", "get_device", "__len__",
 }  # fmt: skip
@@ -63,7 +63,7 @@ class Pass(TorchFunctionMode):
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         run = partial(func, *args, **(kwargs or {}))
-        if func.__name__ in _METADATA and not isinstance(known := run(), Tensor):
+        if func.__name__ in METADATA and not isinstance(known := run(), Tensor):
             return known
         return self._call(func, _flat(args, kwargs), run)
 

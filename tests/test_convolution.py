@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -10,15 +11,19 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import sanity
-from sanity import models
+from sanity import attributions, models
+from sanity.attributions import Inputs
 from sanity.attributions.base import PLAIN
 from sanity.attributions.rectifiers import count_rectifiers
 from sanity.convolution import Clip, Geometry, Kernel, convolve, geometry, pad, suits
-from sanity.folding import Folded, Joined, foldable
+from sanity.engine import Engine, State
+from sanity.folding import Folded
 from sanity.microbatch import gradients
 from sanity.randomization import guarded
+from sanity.tracing import Joined, foldable
 from tests.conftest import Awkward, seeded
 
 RELU, RELU6 = Clip(0.0, float("inf")), Clip(0.0, 6.0)
@@ -193,9 +198,9 @@ def test_a_network_with_its_rectifiers_joined_gives_the_same_gradients(name: str
 
 def test_what_is_joined_is_what_nothing_else_reads() -> None:
     network = seeded(Padded).float().eval()
-    plan = foldable(network, random(1, 3, 17, 17))
+    plan = foldable(network, random(1, 3, 17, 17)).joined
     assert plan == {
-        0: Joined(None, RELU6, deferred=True),
+        0: Joined(None, RELU6, deferred=True, padded=0),
         2: Joined(network.norm, RELU),
         3: Joined(None, Clip(0.0, 2.0)),
     }
@@ -264,7 +269,7 @@ class Chained(nn.Module):
 
 def test_a_rectifiers_backward_pass_is_left_to_the_only_convolution_that_reads_it() -> None:
     network = seeded(Chained).float().eval()
-    plan = foldable(network, random(1, 3, 17, 17))
+    plan = foldable(network, random(1, 3, 17, 17)).joined
     assert [place for place, one in plan.items() if one.deferred] == [0]
     assert [place for place, one in plan.items() if one.clip] == [0, 1, 2, 3, 4, 5, 7]
 
@@ -278,7 +283,7 @@ def test_a_network_that_leaves_the_way_it_was_seen_on_is_run_as_it_is() -> None:
         gradients(fast, x, x, targets, PLAIN), gradients(network, x, x, targets, PLAIN), strict=True
     ):
         assert_close(one, wanted, rtol=1e-5, atol=1e-6)
-    assert not fast.plan
+    assert not fast.courses[True].joined
 
 
 @pytest.mark.parametrize("make", [Written, Turned, Chained])
@@ -294,6 +299,116 @@ def test_networks_that_write_to_results_or_share_weights_are_the_same(make: Call
             assert_close(one, wanted, rtol=1e-5, atol=1e-6)
     # Weights that are made in every pass are not kept.
     assert len(fast.weights._kept) == (7 if make is Chained else 1)
+
+
+class Sly(nn.Module):
+    """Reads a rectifier's input or result, and a norm's numbers, in ways that are hard to see; kind says which."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.day, self.night = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        nn.init.normal_(self.day.weight)
+        self.high = nn.Parameter(torch.tensor(0.3))
+        self.block = nn.Sequential(self.b, nn.ReLU())
+        # torch.jit.script warns that it is to go; it can be met with all the same.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.gate = torch.jit.script(_gate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raw = self.a(x)
+        if self.kind == "norm called with numbers of its own":
+            day = self.day
+            raw = F.batch_norm(raw, day.running_mean, day.running_var, day.weight.abs(), day.bias, False, 0.0, day.eps)
+        if self.kind == "another norm for some pictures":
+            raw = (self.day if len(x) == 1 else self.night)(raw)
+        if self.kind == "clipped at a parameter":
+            return F.hardtanh(raw, 0.0, float(self.high)).mean((2, 3))
+        h = F.relu(raw)
+        if self.kind == "recomputed":
+            return checkpoint(self.block, h, use_reentrant=False).mean((2, 3))
+        if self.kind == "bias of the picture":
+            return F.conv2d(h, self.b.weight, self.b.bias * x.mean(), 1, 1).mean((2, 3))
+        y = self.b(h)
+        if self.kind == "assigned to a slice":
+            whole = torch.zeros_like(y)
+            whole[:, :8] = h
+            y = y + whole
+        if self.kind == "read in another language":
+            y = self.gate(y, h)
+        if self.kind == "read once more for some pictures" and len(x) > 1:
+            y = y + h
+        if self.kind == "its size is read":
+            padded = F.pad(y, (0, 1, 0, 1))
+            y = self.b(padded) * padded.shape[2]
+        return y.mean((2, 3))
+
+
+def _gate(y: Tensor, h: Tensor) -> Tensor:
+    return y * h
+
+
+SLY = (
+    "norm called with numbers of its own", "another norm for some pictures", "clipped at a parameter", "recomputed",
+    "bias of the picture", "assigned to a slice", "read in another language", "read once more for some pictures",
+    "its size is read",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SLY)
+def test_networks_that_hide_what_they_do_have_the_right_gradients(kind: str) -> None:
+    network = seeded(lambda: Sly(kind)).float().eval()
+    x = random(3, 3, 9, 9, seed=1)
+    inputs = Inputs(x, torch.tensor([0, 5, 2]), ("a", "b", "c"))
+
+    def higher() -> None:
+        network.high.data.fill_(0.9)
+
+    def lower() -> None:
+        network.high.data.fill_(0.3)
+
+    states = [State(lower, inputs), State(higher, inputs)]
+    methods = [attributions.find("gradient"), attributions.find("guided_backprop")]
+    with guarded(network):
+        fast, slow = (Engine(methods, 3, fold=fold).sweep(network, states, lower) for fold in (True, False))
+    for found, wanted in zip(fast, slow, strict=True):
+        for name, want in wanted.maps.items():
+            assert_close(found.maps[name], want, rtol=1e-4, atol=1e-6 * float(want.abs().max()))
+        assert_close(found.logits, wanted.logits, rtol=1e-4, atol=1e-6)
+
+
+class Lopsided(nn.Module):
+    """Zeros on one side of what one convolution reads, of the picture itself and of a rectifier's result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 5, 2, groups=8)
+        self.third, self.last = nn.Conv2d(8, 6, 3, dilation=2), nn.Conv2d(6, 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.first(F.pad(x, (0, 1, 0, 1))))
+        x = F.relu6(self.second(F.pad(x, (1, 2, 2, 1))))
+        x = F.relu(self.third(F.pad(x, (1, 2, 1, 2))))
+        x = F.relu(self.last(F.pad(x, (2, 2, 0, 1))))
+        return F.pad(x, (1, 1, 1, 1)).mean((2, 3))
+
+
+def test_zeros_around_a_picture_are_left_to_the_convolution() -> None:
+    network = seeded(Lopsided).float().eval()
+    x, targets = random(3, 3, 33, 34), torch.tensor([0, 2, 5])
+    course = foldable(network, x[:1])
+    # The third is dilated, and nothing convolves after the last padding.
+    assert [one.padded for one in course.joined.values()] == [0, 1, None, 3]
+    assert [one.deferred for one in course.joined.values()] == [True, False, True, False]
+    fast = Folded(network, course).clipping()
+    with guarded(network):
+        for one, wanted in zip(
+            gradients(fast, x, x, targets, PLAIN), gradients(network, x, x, targets, PLAIN), strict=True
+        ):
+            assert_close(one, wanted, rtol=1e-5, atol=1e-7)
+    assert fast.courses[True].joined
 
 
 def test_what_is_not_a_number_stays_so() -> None:

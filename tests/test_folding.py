@@ -10,8 +10,9 @@ from torch.testing import assert_close
 from sanity import attributions, models
 from sanity.attributions import Inputs
 from sanity.engine import Engine
-from sanity.folding import Folded, foldable, folded
+from sanity.folding import Folded, folded
 from sanity.randomization import guarded
+from sanity.tracing import Course, foldable
 from tests.conftest import Awkward, seeded
 
 
@@ -46,7 +47,7 @@ def test_folding_changes_neither_logits_nor_maps(name: str) -> None:
         network = statistics(make())
     x = grid(size)
     plan = foldable(network, x[:1])
-    assert sum(one.norm is not None for one in plan.values()) == count
+    assert sum(one.norm is not None for one in plan.joined.values()) == count
     with torch.no_grad():
         want = network(x)
         assert_close(Folded(network, plan)(x), want, rtol=1e-9, atol=1e-9 * float(want.abs().max() + 1e-3))
@@ -69,15 +70,15 @@ def test_a_convolution_that_others_read_too_is_left_alone() -> None:
             y = self.conv(x)
             return (self.norm(y) + y).mean((2, 3))
 
-    assert foldable(Shares().eval(), torch.zeros(1, 3, 5, 5)) == {}
+    assert foldable(Shares().eval(), torch.zeros(1, 3, 5, 5)) == Course()
     awkward = seeded(Awkward)
-    assert [one.norm for one in foldable(awkward, grid(9)[:1]).values()] == [awkward.stem[1], None, None]
+    assert [one.norm for one in foldable(awkward, grid(9)[:1]).joined.values()] == [awkward.stem[1], None, None]
 
 
 def test_a_norm_in_training_mode_is_left_alone() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    assert foldable(network.train(), torch.rand(2, 3, 5, 5)) == {}
-    assert list(foldable(network.eval(), torch.rand(2, 3, 5, 5))) == [0]
+    assert foldable(network.train(), torch.rand(2, 3, 5, 5)) == Course()
+    assert list(foldable(network.eval(), torch.rand(2, 3, 5, 5)).joined) == [0]
 
 
 @pytest.mark.parametrize("bias", [True, False])

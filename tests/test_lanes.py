@@ -18,11 +18,12 @@ import sanity
 from sanity import attributions, images, models
 from sanity.attributions import Inputs
 from sanity.engine import Engine, State
-from sanity.folding import Folded, foldable
+from sanity.folding import Folded
 from sanity.lanes import MOST, Lanes, StoppedError, suited
 from sanity.randomization import Draws, guarded, randomized, reinitialiser
 from sanity.stages import derived
 from sanity.substitution import Substituting, stand_ins, substituted
+from sanity.tracing import foldable
 
 METHODS = ("gradient", "smoothgrad:samples=3", "guided_backprop", "frozen:gradient", "lrp_epsilon", "gradcam")
 METHODS += ("meaningful_perturbation:steps=2", "occlusion", "rise:masks=8", "edges")
@@ -53,13 +54,16 @@ def test_lanes_change_no_number(awkward: nn.Module, pictures: Tensor, count: int
             assert_close(found[name], want, rtol=1e-11, atol=1e-13)
 
 
-def test_whole_runs_are_the_same_bits_whatever_else_the_threads_do(pictures: Tensor) -> None:
+def test_whole_runs_are_the_same_bits_whatever_else_the_threads_do(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = models.load("mobilenet_v2", "random")
     assert classifier.reentrant
     three = images.find("bundled", limit=2)
+    from sanity import run as running
     from sanity.plan import Plan
     from sanity.run import prepare, run
 
+    # Tests run in one thread, for which there would be one lane.
+    monkeypatch.setattr(running, "suited", lambda device, reentrant: 2)
     plan = Plan(methods=("gradient", "smoothgrad"), samples=2, stages=2, similarities=("spearman",))
     stages = prepare(plan, classifier, three)
     one, again = (

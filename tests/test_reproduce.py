@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -190,3 +191,11 @@ def test_the_data_test_is_told_with_what_was_learnt_and_what_it_started_from(ben
     both = pd.concat([rows, rows.assign(seed=1000, value=rows["value"] - 0.2)])
     words = measured.reasons(bench.compared(rows), {"mnist cnn": both})
     assert "0.50 where both networks started from the same weights, 0.30 where they did not" in words
+
+
+@pytest.mark.parametrize(("name", "parts"), [("breakdown", "WATCHED"), ("paper_grid", "PARTS")])
+def test_what_a_profile_watches_is_there(monkeypatch: pytest.MonkeyPatch, name: str, parts: str) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    benchmark = importlib.import_module(name)
+    for owner, function, _ in getattr(benchmark, parts):
+        assert callable(getattr(owner, function))
