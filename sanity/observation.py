@@ -112,7 +112,7 @@ def second_look(engine: Engine, plan: Plan, network: nn.Module, trained: Seen) -
 
 
 class Baseline:
-    """What a chunk's steps are compared with: the trained network's look, its description, a second look.
+    """What a chunk's steps are compared with: the trained network's look, a second look, and what both look like.
 
     It begins as a `glance`: the maps are made with those of the first steps that are taken, which then need not repeat
     what they have in common with the trained network's. tell is given the trained look once it is complete.
@@ -121,6 +121,7 @@ class Baseline:
     def __init__(self, trained: Seen, tell: Callable[[Seen], object] = lambda seen: None) -> None:
         self.trained = self.control = trained
         self.originals: Descriptions = {}
+        self.again: Descriptions = {}
         self.complete = False
         self._tell = tell
 
@@ -129,6 +130,8 @@ class Baseline:
         self.trained = replace(self.trained, maps=maps)
         self.originals = describe(plan, self.trained, engine.lanes)
         self.control = second_look(engine, plan, network, self.trained)
+        drawn = {name: found for name, found in self.control.maps.items() if found is not self.trained.maps[name]}
+        self.again = {**self.originals, **describe(plan, replace(self.control, maps=drawn), engine.lanes)}
         self.complete = True
         self._tell(self.trained)
 
@@ -213,12 +216,13 @@ def compare(
     classifier: Classifier,
     key: Key,
     visit: Visit,
-    originals: Descriptions,
+    base: Baseline,
     seen: Seen,
     lanes: Lanes = ALONE,
 ) -> Step:
     """Score a visit's maps against the trained network's, and note what the network says now."""
-    described = describe(plan, seen, lanes)
+    originals = base.originals
+    described = base.again if seen is base.control else describe(plan, seen, lanes)
     place = (classifier.name, key.order, key.seed, key.stage_index, visit.stage.name)
     targets = seen.inputs.targets.tolist()
 

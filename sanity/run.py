@@ -84,7 +84,7 @@ def walk(
     with randomized(network, stages, cell.order, cell.seed, source, plan.batchnorm == "reset") as visits:
         pending = [key for index in range(len(visits)) if (key := Key(*cell, index)) not in done]
         for key, visit, seen in look_through(engine, plan, network, base, visits, pending):
-            yield compare(plan, classifier, key, visit, base.originals, seen, engine.lanes)
+            yield compare(plan, classifier, key, visit, base, seen, engine.lanes)
 
 
 def keys(plan: Plan, stages: Sequence[Stage], chunk: int) -> list[Key]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sanity
-from sanity import images, models
+from sanity import images, models, observation
+from sanity.observation import Descriptions, Seen
 from sanity.plan import Plan
 from sanity.randomization import Draws, randomized, reinitialiser
 from sanity.run import resolve_stages, run
@@ -387,3 +389,23 @@ def test_the_trained_pass_is_run_once_for_its_own_maps_and_the_first_step() -> N
     # Forward, a step whose top k layers are random runs k; backward all run all. Single looks at the image come to it.
     forward, backward = layers + sum(range(1, layers + 1)), (layers + 1) * layers
     assert 0 <= counted.rows - samples * (forward + backward) < layers * samples / 2
+
+
+def test_the_trained_maps_are_described_once(
+    awkward: nn.Module, pictures: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described: list[tuple[str, ...]] = []
+    describe = observation.describe
+
+    def watched(plan: Plan, seen: Seen, *rest: Any) -> Descriptions:
+        described.append(tuple(seen.maps))
+        return describe(plan, seen, *rest)
+
+    monkeypatch.setattr(observation, "describe", watched)
+    methods = ("gradient", "random", "edges")
+    found = check(awkward, pictures, methods=methods, orders=("cascading", "independent"), seeds=(0, 1), stages=2)
+    untouched = found[found["stage_index"] == 0].groupby("method")["value"]
+    assert untouched.min()["gradient"] > 1 - 1e-12
+    assert untouched.max()["random"] < 0.9
+    # What draws anew is looked at twice. Then come two steps in two orders under two seeds.
+    assert described == [methods, ("random",), *[methods] * 8]
