@@ -46,7 +46,7 @@ def main() -> None:
         f"{options.precision} against float32.",
         f"Largest difference of a mean score: {worst:.4f}; goal: at most .01.",
     ]
-    name = f"precision_{classifier.name}"
+    name = f"precision_{classifier.name}" + ("" if options.precision == "bfloat16" else f"_{options.precision}")
     measuring.publish(name, {"differences": table}, words, clock, options=measuring.chosen(options))
 
 

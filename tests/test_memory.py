@@ -72,6 +72,7 @@ def test_other_errors_are_not_mistaken_for_it() -> None:
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         memory.tried(fail)
     assert not memory.is_out_of_memory(ValueError("not enough memory"))
+    assert memory.is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
 
 
 def test_the_fastest_that_fits_is_taken() -> None:
