@@ -152,7 +152,10 @@ def test_a_run_of_all_leaves_the_network_as_it_was(awkward: nn.Module, pictures:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_network_is_evaluated_as_often_as_the_cost_says(awkward: nn.Module, pictures: Tensor, name: str) -> None:
-    """Forward and backward; forward alone a network also runs at baselines, at what freezes and to see what folds."""
+    """Forward and backward; forward alone a network also runs at baselines and at what freezes.
+
+    One more picture is run to see what folds, and three to see whether it may.
+    """
     method, seen = small(name), {True: 0, False: 0}
 
     def count(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -162,7 +165,7 @@ def test_the_network_is_evaluated_as_often_as_the_cost_says(awkward: nn.Module, 
     explain(awkward, inputs_of(pictures), name)
     handle.remove()
     if isinstance(method, GradientMethod):
-        assert seen[True] == 3 * method.cost
-        assert seen[False] <= 1 + 3 * method.cost * (name.startswith("frozen:") + ("deeplift" in name))
+        assert seen[True] == 3 * method.cost + 4
+        assert seen[False] <= 3 * method.cost * (name.startswith("frozen:") + ("deeplift" in name))
     else:
-        assert sum(seen.values()) == 3 * method.cost + 1
+        assert sum(seen.values()) == 3 * method.cost + 4
