@@ -89,37 +89,7 @@ class Kernel:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self._packed: dict[tuple[Geometry, Geometry | None], Tensor] = {}
-        self._backs: dict[Geometry, Geometry | None] = {}
         self._wider: dict[Sides, Kernel] = {}
-
-    def forward(self, x: Tensor, way: Geometry) -> Tensor:
-        """The weight as the library keeps it for inputs like x."""
-        return self._pack(x, way)
-
-    def backward(self, gradient: Tensor, way: Geometry, back: Geometry) -> Tensor:
-        """Likewise, of the convolution that takes the gradient of another back, as `back` tells."""
-        return self._pack(gradient, way, back)
-
-    def back(self, way: Geometry) -> Geometry | None:
-        """How the convolution runs that takes the gradient back; None where there is none that is worth it.
-
-        Where the stride is more than 1, its channels are those of stride x stride neighbours, one after another.
-        """
-        if way not in self._backs:
-            self._backs[way] = self._back(way)
-        return self._backs[way]
-
-    def _back(self, way: Geometry) -> Geometry | None:
-        # Of a row or column of the kernel, a pixel meets with every stride-th tap.
-        taps = [_ceil(k, s) for k, s in zip(self.weight.shape[2:], way.stride, strict=True)]
-        if way.stride == (1, 1):
-            around = [d * (k - 1) - p for k, d, p in zip(taps, way.dilation, way.padding, strict=True)]
-        elif way.dilation == (1, 1) and way.groups == 1 and self.weight.shape[1] <= FEW:
-            around = [k - 1 for k in taps]
-        else:
-            return None
-        # Padding beyond the kernel would have to be cut off.
-        return Geometry((1, 1), (around[0], around[1]), way.dilation, way.groups) if min(around) >= 0 else None
 
     def padding(self, sides: Sides, way: Geometry) -> tuple[Kernel, Geometry]:
         """What does to pictures as this does to pictures with zeros around, where it is not dilated.
@@ -137,7 +107,11 @@ class Kernel:
             self._wider.setdefault(zeros, wider)
         return self._wider[zeros], way._replace(padding=(way.padding[0] + down, way.padding[1] + across))
 
-    def _pack(self, x: Tensor, way: Geometry, back: Geometry | None = None) -> Tensor:
+    def packed(self, x: Tensor, way: Geometry, back: Geometry | None = None) -> Tensor:
+        """The weight as the library keeps it for inputs like x; of the convolution `back`, that takes gradients back.
+
+        back is what `_back` tells of way.
+        """
         # Threads may both make it: it is the same.
         if (way, back) not in self._packed:
             weight = self.weight if back is None else self._turned(way)
@@ -154,6 +128,25 @@ class Kernel:
         whole = F.pad(self.weight, (0, right * columns - width, 0, down * rows - height))
         taps = whole.view(groups, d // groups, c, rows, down, columns, right).flip(3, 5)
         return taps.permute(4, 6, 0, 2, 1, 3, 5).reshape(down * right * groups * c, d // groups, rows, columns)
+
+
+@cache
+def _back(shape: torch.Size, way: Geometry) -> Geometry | None:
+    """How the convolution runs that takes the gradient of one with a weight of this shape back.
+
+    Where the stride is more than 1, its channels are those of stride x stride neighbours, one after another. None where
+    there is no such convolution, or none that is worth it.
+    """
+    # Of a row or column of the kernel, a pixel meets with every stride-th tap.
+    taps = [_ceil(k, s) for k, s in zip(shape[2:], way.stride, strict=True)]
+    if way.stride == (1, 1):
+        around = [d * (k - 1) - p for k, d, p in zip(taps, way.dilation, way.padding, strict=True)]
+    elif way.dilation == (1, 1) and way.groups == 1 and shape[1] <= FEW:
+        around = [k - 1 for k in taps]
+    else:
+        return None
+    # Padding beyond the kernel would have to be cut off.
+    return Geometry((1, 1), (around[0], around[1]), way.dilation, way.groups) if min(around) >= 0 else None
 
 
 def _ceil(a: int, b: int) -> int:
@@ -196,7 +189,7 @@ class _Convolution(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, kernel: Kernel, way: Geometry, clip: Clip | None, before: Clip | None, deferred: bool
     ) -> Tensor:
-        out = _pointwise(x, kernel.forward(x, way), kernel.bias, way, clip)
+        out = _pointwise(x, kernel.packed(x, way), kernel.bias, way, clip)
         ctx.kernel, ctx.way, ctx.clip, ctx.before = kernel, way, None if deferred else clip, before
         # All that PyTorch's own backward pass reads of the input.
         ctx.shape = x.shape
@@ -217,8 +210,8 @@ class _Convolution(torch.autograd.Function):
 
 def _taken_back(gradient: Tensor, kernel: Kernel, way: Geometry, shape: torch.Size) -> Tensor:
     """The gradient at the input, which has that shape."""
-    if (back := kernel.back(way)) is not None:
-        found = _pointwise(gradient, kernel.backward(gradient, way, back), None, back, None)
+    if (back := _back(kernel.weight.shape, way)) is not None:
+        found = _pointwise(gradient, kernel.packed(gradient, way, back), None, back, None)
         return found if way.stride == (1, 1) else _spread(found, way, shape)
     stride, padding, dilation, groups = way
     x = torch.empty(shape, dtype=gradient.dtype, memory_format=torch.channels_last)
@@ -273,12 +266,11 @@ def _attribute(clip: Clip | None) -> tuple[str, list[float]]:
 
 def _gated(gradient: Tensor, out: Tensor, clip: Clip, into: Tensor | None = None) -> Tensor:
     """The rectifier's backward pass, by its output; written to a tensor, if one is given."""
-    numbers = (0,) if clip.high == float("inf") else clip
-    operation = torch.ops.aten.threshold_backward if len(numbers) == 1 else torch.ops.aten.hardtanh_backward
-    given = (
-        operation(gradient, out, *numbers)
-        if into is None
-        else operation.grad_input(gradient, out, *numbers, grad_input=into)
-    )
-    found: Tensor = given
+    aten = torch.ops.aten
+    relu = clip.high == float("inf")
+    operation, numbers = (aten.threshold_backward, (0,)) if relu else (aten.hardtanh_backward, clip)
+    if into is not None:
+        operation.grad_input(gradient, out, *numbers, grad_input=into)
+        return into
+    found: Tensor = operation(gradient, out, *numbers)
     return found

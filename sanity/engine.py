@@ -105,7 +105,10 @@ class Engine:
         They are those that draw anew at every occasion; with fresh_noise all that draw anything.
         """
         methods = [one for one in self.methods if one.fresh or (fresh_noise and not one.deterministic)]
-        return Engine(methods, self.batch_size, self.on_progress, self.fold, self.reuse, self.lanes)
+        made = Engine(methods, self.batch_size, self.on_progress, self.fold, self.reuse, self.lanes)
+        # What was found out about the network holds for it, too.
+        made._folds = self._folds
+        return made
 
     def capacity(self, inputs: Inputs, own: int = 0) -> int:
         """Number of states to be swept through together, so that their sums and maps fit into SWEEP_BYTES.

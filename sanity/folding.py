@@ -15,7 +15,7 @@ from sanity.attributions.rectifiers import clip_of
 from sanity.convolution import Clip, Kernel, Sides, convolve, geometry, pad, served, suits
 from sanity.reuse import METADATA
 from sanity.substitution import instead
-from sanity.tracing import CONVOLUTIONS, BatchNorm, Course, Joined, NormCall, norm_call, zeros_around
+from sanity.tracing import CONVOLUTIONS, BatchNorm, Course, Joined, call_of, norm_call, zeros_around
 
 CACHE_BYTES = 2**30
 """Folded weights are kept, of trained and of random parameters, up to this much memory."""
@@ -83,7 +83,7 @@ class _Fold(TorchFunctionMode):
         x, (first, *_) = self.pending[id(args[0])]
         if isinstance(first, BatchNorm):
             call = norm_call(*args, **kwargs) if func is F.batch_norm else None
-            same = call is not None and call.same(_call_now(first))
+            same = call is not None and call.same(call_of(first, instead))
         else:
             same = isinstance(first, Clip) and clip_of(func, args, kwargs) == first
         if not same:
@@ -144,15 +144,6 @@ class _Fold(TorchFunctionMode):
         return out
 
 
-def _call_now(norm: BatchNorm) -> NormCall:
-    """What a BatchNorm is called with in this thread."""
-    mean, var, weight, bias = (instead(getattr(norm, name)) for name in _OF_NORM)
-    return NormCall(mean, var, weight, bias, norm.eps)
-
-
-_OF_NORM = ("running_mean", "running_var", "weight", "bias")
-
-
 class _Weights:
     """Kernels, folded or not, kept as long as what they were made of is still the same memory, unwritten."""
 
@@ -165,7 +156,7 @@ class _Weights:
         """Kernel of a convolution with the norm folded into it, the very same one whenever the sources are."""
         # One thread folds: another would make tensors of its own, and what was kept of them could not be reused.
         with self._lock, torch._C.DisableTorchFunction():
-            norms = () if norm is None else tuple(instead(getattr(norm, name)) for name in _OF_NORM)
+            norms = () if norm is None else call_of(norm, instead)[:4]
             sources = [weight, bias, *norms]
             eps = None if norm is None else norm.eps
             key = (*(None if one is None else _memory(one) for one in sources), eps)

@@ -54,11 +54,6 @@ def foldable(network: nn.Module, example: Tensor) -> Course:
     return Course(tuple(trace.calls), joined) if joined else Course()
 
 
-def looks_only(func: Callable[..., Any], result: Any) -> bool:
-    """Whether a call told how a tensor looks, and neither what is in it nor made another."""
-    return func.__name__ in METADATA and not isinstance(result, Tensor)
-
-
 def zeros_around(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Sides | None:
     """Sides of a call of `F.pad` that puts zeros around pictures, and cuts nothing off; None of any other."""
     plain = mode == "constant" and not value and x.ndim == 4 and len(pad) == 4
@@ -77,6 +72,12 @@ class NormCall(NamedTuple):
     def same(self, other: NormCall) -> bool:
         """Whether it is the very same tensors, and number."""
         return self.eps == other.eps and all(a is b for a, b in zip(self[:4], other[:4], strict=True))
+
+
+def call_of(norm: BatchNorm, read: Callable[[Any], Any] = lambda tensor: tensor) -> NormCall:
+    """What an evaluating BatchNorm calls `F.batch_norm` with; read: what stands for each of its tensors."""
+    mean, var, weight, bias = map(read, (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+    return NormCall(mean, var, weight, bias, norm.eps)
 
 
 def norm_call(
@@ -119,7 +120,7 @@ class _Trace(TorchFunctionMode):
         kwargs = kwargs or {}
         read = [_value(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         result = func(*args, **kwargs)
-        if looks_only(func, result):
+        if func.__name__ in METADATA and not isinstance(result, Tensor):
             # Whoever looks at its size must find it padded.
             self.padded = {value: found for value, found in self.padded.items() if value not in read}
             return result
@@ -190,11 +191,6 @@ class _Trace(TorchFunctionMode):
                     joined = joined._replace(deferred=True)
             found[place] = joined
         return {place: one for place, one in found.items() if one != Joined()}
-
-
-def call_of(norm: BatchNorm) -> NormCall:
-    """What an evaluating BatchNorm calls `F.batch_norm` with."""
-    return NormCall(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
 
 _Value = tuple[int, int]
